@@ -1,0 +1,1 @@
+"""Images to discrete codes and back: encoder, quantizers, decoder, losses, training."""

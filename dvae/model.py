@@ -1,0 +1,246 @@
+"""The discrete VAE: a small convolutional autoencoder around a quantizer (Ramesh et al. 2021, section 2.1).
+
+The stem cuts the image into patches at once, so that no convolution runs at full resolution: on a CPU this is what
+makes a training step affordable, and the quality lost at patch borders is won back by the last convolution.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dvae.losses import PixelLoss, out_channels, to_pixels
+from dvae.quantizers.fsq import FiniteScalarQuantizer
+from dvae.quantizers.gumbel import GumbelQuantizer
+from tessera.config import from_plain
+from tessera.errors import UserError
+from tessera.model_folder import ModelFolder
+
+# B batch, H W image pixels, h w code grid, C channels, K codebook size, f downsampling factor.
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscreteVAEConfig:
+    """Sizes of a `DiscreteVAE`."""
+
+    quantizer: Literal["fsq", "gumbel"] = "fsq"
+    """how latents become codes: fsq (no codebook, cannot collapse) or gumbel (the DALL-E paper's relaxation)"""
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+    """fsq: bins per latent channel; the codebook size is their product"""
+    codebook_size: int = 1024
+    """gumbel: number of codes"""
+    embedding_dim: int = 64
+    """gumbel: channels of one code's embedding"""
+    patch_size: int = 4
+    """side in pixels of the patches that the stem cuts"""
+    widths: tuple[int, ...] = (96, 192)
+    """channels per resolution, finest first; each further entry halves the resolution, so f = patch_size * 2^(n-1)"""
+    blocks: tuple[int, ...] = (2, 3)
+    """residual blocks per resolution, in the encoder and again in the decoder"""
+    pixel_loss: PixelLoss = "mixed"
+    """reconstruction loss: mixed, l1, l2 or the paper's logit_laplace; part of the model because it decides what the
+    decoder's channels mean"""
+
+    def __post_init__(self) -> None:
+        if len(self.widths) != len(self.blocks) or not self.widths:
+            raise UserError(
+                f"dvae widths and blocks need one entry per resolution each; got widths={self.widths}, blocks={self.blocks}"
+            )
+        if min(self.widths) < 1 or min(self.blocks) < 0 or self.patch_size < 1:
+            raise UserError(
+                f"dvae sizes must be positive; got patch_size={self.patch_size}, widths={self.widths}, blocks={self.blocks}"
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """f: side in pixels of the square that one code stands for."""
+        return self.patch_size * 2 ** (len(self.widths) - 1)
+
+
+class ChannelNorm(nn.Module):
+    """Layer normalization over the channels of each position (as in ConvNeXt, Liu et al. 2022).
+
+    Statistics over one position only: a code depends on its receptive field, not on the size of the image around it.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
+        # in channels_last memory the permuted view is contiguous: this normalizes without a copy
+        return F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), self.weight.to(x.dtype)).permute(0, 3, 1, 2)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with pre-normalization; the second starts at zero, so that the block starts as identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1 = ChannelNorm(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = ChannelNorm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
+        y = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(y)))
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, H, W] to latents [B, D, H/f, W/f]."""
+
+    def __init__(self, config: DiscreteVAEConfig, latent_dim: int) -> None:
+        super().__init__()
+        patch, widths = config.patch_size, config.widths
+        self.stem = nn.Conv2d(3, widths[0], 2 * patch, stride=patch, padding=patch // 2)
+        layers: list[nn.Module] = []
+        for level, (width, count) in enumerate(zip(widths, config.blocks, strict=True)):
+            if level > 0:
+                layers.append(nn.Conv2d(widths[level - 1], width, 2, stride=2))
+            layers.extend(ResidualBlock(width) for _ in range(count))
+        self.layers = nn.Sequential(*layers)
+        self.norm = ChannelNorm(widths[-1])
+        self.latent_head = nn.Conv2d(widths[-1], latent_dim, 1)
+        # unit latents at the start: they fill the bins of fsq and spread the logits of gumbel
+        nn.init.normal_(self.latent_head.weight, std=widths[-1] ** -0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.latent_head(self.norm(self.layers(self.stem(2 * images - 1))))
+
+
+class Decoder(nn.Module):
+    """Embeddings [B, C, h, w] to pixels [B, out_channels, H, W], unbounded."""
+
+    def __init__(self, config: DiscreteVAEConfig, embedding_dim: int, out_channels: int) -> None:
+        super().__init__()
+        patch, widths = config.patch_size, config.widths
+        self.stem = nn.Conv2d(embedding_dim, widths[-1], 1)
+        layers: list[nn.Module] = []
+        for level in reversed(range(len(widths))):
+            layers.extend(ResidualBlock(widths[level]) for _ in range(config.blocks[level]))
+            if level > 0:
+                layers.extend([nn.Conv2d(widths[level], 4 * widths[level - 1], 1), nn.PixelShuffle(2)])
+        self.layers = nn.Sequential(*layers)
+        self.norm = ChannelNorm(widths[0])
+        self.pixel_head = nn.Conv2d(widths[0], out_channels * patch * patch, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(patch)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return self.shuffle(self.pixel_head(F.silu(self.norm(self.layers(self.stem(embedding))))))
+
+
+class Reconstruction(NamedTuple):
+    """What a training pass returns.
+
+    Attributes:
+        output: float32 [B, 3 or 6, H, W], what the decoder put out; `losses.to_pixels` turns it into an image.
+        codes: int64 [B, h, w].
+        regularizer: float32 scalar, the quantizer's own loss before its weight.
+    """
+
+    output: Tensor
+    codes: Tensor
+    regularizer: Tensor
+
+
+class DiscreteVAE(nn.Module):
+    """Encodes images into a grid of codes and decodes codes into images.
+
+    Args:
+        config: sizes; see `DiscreteVAEConfig`.
+
+    Example:
+        >>> vae = DiscreteVAE(DiscreteVAEConfig(widths=(16, 32), blocks=(1, 1)))
+        >>> vae.encode(torch.rand(2, 3, 64, 48)).shape
+        torch.Size([2, 8, 6])
+    """
+
+    def __init__(self, config: DiscreteVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.quantizer == "fsq":
+            self.quantizer: FiniteScalarQuantizer | GumbelQuantizer = FiniteScalarQuantizer(config.levels)
+        else:
+            self.quantizer = GumbelQuantizer(config.codebook_size, config.embedding_dim)
+        self.encoder = Encoder(config, self.quantizer.latent_dim)
+        self.decoder = Decoder(config, self.quantizer.embedding_dim, out_channels(config.pixel_loss))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def codebook_size(self) -> int:
+        """K, the number of codes."""
+        return self.quantizer.codebook_size
+
+    @property
+    def downsampling(self) -> int:
+        """f, pixels per code along each side."""
+        return self.config.downsampling
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """The code grid (h, w) of an image of height x width pixels.
+
+        Raises:
+            ValueError: if a side is not a positive multiple of f.
+        """
+        f = self.downsampling
+        if height <= 0 or width <= 0 or height % f or width % f:
+            raise ValueError(f"image sides must be positive multiples of {f} pixels; got {height}x{width}")
+        return height // f, width // f
+
+    def forward(self, images: Tensor, *, temperature: float = 1.0) -> Reconstruction:
+        """One training pass over images float [B, 3, H, W] in [0, 1]; `temperature` is the Gumbel tau."""
+        self._check_images(images)
+        latents = self.encoder(images.contiguous(memory_format=torch.channels_last))
+        quantized = self.quantizer(latents, temperature=temperature)
+        return Reconstruction(self.decoder(quantized.embedding).float(), quantized.codes, quantized.regularizer)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """The codes int64 [B, H/f, W/f] of images float [B, 3, H, W] in [0, 1].
+
+        Raises:
+            ValueError: if the shape is not [B, 3, H, W] with sides divisible by f.
+        """
+        self._check_images(images)
+        latents = self.encoder(images.contiguous(memory_format=torch.channels_last))
+        return self.quantizer(latents).codes
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """The images float32 [B, 3, h*f, w*f] in [0, 1] of codes int64 [B, h, w].
+
+        Raises:
+            ValueError: if codes are not [B, h, w] or lie outside [0, K).
+        """
+        if codes.dim() != 3:
+            raise ValueError(f"codes must have shape [batch, rows, columns]; got {tuple(codes.shape)}")
+        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.codebook_size):
+            raise ValueError(
+                f"codes must lie in [0, {self.codebook_size}); got {int(codes.min())} to {int(codes.max())}"
+            )
+        embedding = self.quantizer.lookup(codes).contiguous(memory_format=torch.channels_last)
+        return to_pixels(self.decoder(embedding), self.config.pixel_loss).clamp(0, 1)
+
+    def _check_images(self, images: Tensor) -> None:
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must have shape [batch, 3, height, width]; got {tuple(images.shape)}")
+        self.grid(images.shape[2], images.shape[3])
+
+
+def load(folder: ModelFolder, *, device: torch.device | str = "cpu") -> DiscreteVAE:
+    """The frozen dVAE of a model folder, in evaluation mode.
+
+    Raises:
+        UserError: if the folder has no dVAE.
+    """
+    if not folder.has("dvae"):
+        raise UserError(f"{folder.path} has no dvae part: train one with `tessera train-dvae` or `tessera fit`")
+    config = from_plain(DiscreteVAEConfig, folder.config("dvae"), source=f"{folder.path}/dvae/config.yaml")
+    vae = DiscreteVAE(config)
+    vae.load_state_dict(folder.tensors("dvae"))
+    return vae.eval().requires_grad_(False).to(device)

@@ -1,0 +1,190 @@
+"""Trains the dVAE and exports it into a model folder: `tessera train-dvae CONFIG.yaml key=value ...`."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dvae.lit import DiscreteVAELit, to_float
+from dvae.losses import psnr, ssim
+from dvae.model import DiscreteVAE, DiscreteVAEConfig
+from dvae.schedule import ScheduleConfig
+from dvae.usage import code_usage
+from tessera.config import load, to_plain
+from tessera.data.config import DataConfig
+from tessera.data.corpus import load_images
+from tessera.data.order import SampleKey
+from tessera.data.shards import batches
+from tessera.errors import UserError
+from tessera.model_folder import ModelFolder, write_part
+from tessera.precision import autocast, resolve_device, resolve_precision
+from tessera.training import stage
+from tessera.training.optim import OptimizerConfig
+from tessera.training.run import TrainerConfig, run_training
+
+# N images, H W pixels.
+
+_MEASURED_IMAGES = 1000
+_VALIDATION_BATCHES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run of the dVAE."""
+
+    data: DataConfig = DataConfig()
+    """what to train on"""
+    model: DiscreteVAEConfig = DiscreteVAEConfig()
+    """sizes"""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """temperature and KL weight of the gumbel quantizer"""
+    optim: OptimizerConfig = OptimizerConfig()
+    """rates"""
+    trainer: TrainerConfig = TrainerConfig(batch_size=32)
+    """how long and on what"""
+    flip: bool = False
+    """mirror half of the pictures left to right"""
+    out: str = "my-model"
+    """model folder that receives the dvae part"""
+    run_dir: str = "runs/dvae"
+    """receives checkpoints and metrics; the same command resumes from it"""
+
+
+class ImageBatches:
+    """A `BatchSource` over images in memory, optionally mirrored at random."""
+
+    def __init__(self, images: NDArray[np.uint8], *, flip: bool) -> None:
+        self.images, self.flip = images, flip
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, keys: Sequence[SampleKey]) -> dict[str, torch.Tensor]:
+        chosen = self.images[[key.index for key in keys]]  # [B, H, W, 3], a copy
+        if self.flip:
+            mirrored = np.array([key.seed & 1 for key in keys], dtype=bool)
+            chosen[mirrored] = chosen[mirrored, :, ::-1]
+        return {"images": torch.from_numpy(chosen)}
+
+
+def measure(vae: DiscreteVAE, images: NDArray[np.uint8], *, precision: str = "auto") -> dict[str, float]:
+    """Reconstruction quality and codebook use on images uint8 [N, H, W, 3].
+
+    Returns:
+        psnr in dB and ssim, averaged over images; codebook_usage in [0, 1]; perplexity in [1, K]; dead_codes.
+    """
+    device = next(vae.parameters()).device
+    chosen = resolve_precision(precision, device)
+    decibels, similarities, all_codes = [], [], []
+    with torch.no_grad(), autocast(chosen, device):
+        for batch in batches(len(images), 64):
+            original = to_float(torch.from_numpy(images[batch.start : batch.stop])).to(device)
+            codes = vae.encode(original)
+            reconstruction = vae.decode(codes)
+            decibels.append(psnr(reconstruction, original).cpu())
+            similarities.append(ssim(reconstruction, original).cpu())
+            all_codes.append(codes.flatten().cpu())
+    usage = code_usage(torch.cat(all_codes), vae.codebook_size)
+    return {
+        "psnr": float(torch.cat(decibels).mean()),
+        "ssim": float(torch.cat(similarities).mean()),
+        "codebook_usage": usage.share,
+        "perplexity": usage.perplexity,
+        "dead_codes": usage.dead,
+    }
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Trains, measures on the validation split and exports; resumes or returns at once where that was done before.
+
+    Returns:
+        steps, seconds, metrics (see `measure`) and sha256 of the exported part.
+
+    Raises:
+        UserError: if the image size does not fit the downsampling, or the corpus cannot be used.
+        KeyboardInterrupt: after saving, when the user interrupted.
+    """
+    run_dir, folder = Path(config.run_dir), Path(config.out)
+    vae_shape_check(config)
+    train_corpus = config.data.open("train")
+    finished = stage.begin(run_dir, config, inputs={"corpus": train_corpus.fingerprint()})
+    if finished is not None and _is_exported(folder, finished["sha256"]):
+        return finished
+    images = load_images(train_corpus, directory=config.data.cache_path)
+    try:
+        held_out = config.data.open("validation")
+        validation_images = load_images(held_out, directory=config.data.cache_path)[:_MEASURED_IMAGES]
+    except UserError:  # a handful of images leaves none to hold out
+        validation_images = images[:_MEASURED_IMAGES]
+    torch.manual_seed(config.trainer.seed)
+    model = DiscreteVAE(config.model)
+    batch_size = config.trainer.batch_size
+    validation = [
+        {"images": torch.from_numpy(validation_images[b.start : b.stop])}
+        for b in list(batches(len(validation_images), batch_size))[:_VALIDATION_BATCHES]
+    ]
+    result = run_training(
+        DiscreteVAELit(model, optim=config.optim, schedule=config.schedule),
+        ImageBatches(images, flip=config.flip),
+        name="dvae",
+        config=config.trainer,
+        optim=config.optim,
+        run_dir=run_dir,
+        validation=validation,
+    )
+    model = model.to(resolve_device(config.trainer.device)).eval()
+    metrics = measure(model, validation_images, precision=config.trainer.precision)
+    sha256 = write_part(
+        folder,
+        "dvae",
+        config=to_plain(config.model),
+        tensors=model.state_dict(),
+        metadata={
+            "image_size": list(config.data.image_size),
+            "corpus": train_corpus.name,
+            "images": len(images),
+            "steps": result.steps,
+            "measured": metrics,
+        },
+    )
+    finished = {"steps": result.steps, "seconds": result.seconds, "metrics": metrics, "sha256": sha256}
+    stage.finish(run_dir, finished)
+    return finished
+
+
+def vae_shape_check(config: TrainConfig) -> None:
+    """Raises UserError if the image sides are not divisible by the downsampling factor."""
+    height, width = config.data.image_size
+    f = config.model.downsampling
+    if height % f or width % f:
+        raise UserError(
+            f"data.image_size must be divisible by {f} (patch_size {config.model.patch_size}, "
+            f"{len(config.model.widths)} resolutions); got {height}x{width}"
+        )
+
+
+def _is_exported(folder: Path, sha256: str) -> bool:
+    try:
+        return ModelFolder.open(folder, parts=["dvae"]).part_sha256("dvae") == sha256
+    except UserError:
+        return False
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command."""
+    config = load(TrainConfig, argv, prog="tessera train-dvae")
+    result = train(config)
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
+    print(f"dvae in {config.out}: {result['steps']:,} steps, {result['seconds']:,.0f} s, {shown}")
+    return 0
+
+
+if __name__ == "__main__":
+    from tessera.errors import run_command
+
+    sys.exit(run_command(main, sys.argv[1:]))

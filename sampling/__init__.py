@@ -1,0 +1,1 @@
+"""Tokens out of the prior, images out of tokens, the best of many on top."""

@@ -1,0 +1,183 @@
+"""Pure functions on next-code logits: guidance, temperature, top-k, top-p, min-p, and the choice of one code.
+
+Legend: B rows, K codebook size. No function changes the tensor that it is given. The order in which the decode loop
+applies them is guidance, temperature, top-k, top-p, min-p, choice: the filters see the distribution that is drawn from.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tessera.errors import UserError
+
+
+def check_temperature(value: float) -> None:
+    """Raise UserError unless `value` is a finite number >= 0 (0 is greedy)."""
+    if not (math.isfinite(value) and value >= 0):
+        raise UserError(f"temperature is {value}, expected a number >= 0 (0 takes the most likely code every time)")
+
+
+def check_top_k(value: int) -> None:
+    """Raise UserError unless `value` is an integer >= 0 (0 is off)."""
+    if value != int(value) or value < 0:
+        raise UserError(f"top_k is {value}, expected an integer >= 0 (0 keeps all codes)")
+
+
+def check_top_p(value: float) -> None:
+    """Raise UserError unless `value` is in (0, 1] (1 is off)."""
+    if not 0 < value <= 1:
+        raise UserError(f"top_p is {value}, expected a number in (0, 1] (1 keeps all codes)")
+
+
+def check_min_p(value: float) -> None:
+    """Raise UserError unless `value` is in [0, 1] (0 is off)."""
+    if not 0 <= value <= 1:
+        raise UserError(f"min_p is {value}, expected a number in [0, 1] (0 keeps all codes)")
+
+
+def check_guidance(value: float) -> None:
+    """Raise UserError unless `value` is a finite number >= 0 (0 is unconditional, 1 is conditional)."""
+    if not (math.isfinite(value) and value >= 0):
+        raise UserError(f"guidance is {value}, expected a number >= 0 (0 ignores the prompt, 1 is off, 2 to 5 is strong)")
+
+
+def guidance(conditional: Tensor, unconditional: Tensor, *, weight: float) -> Tensor:
+    """Classifier-free guidance u + w (c - u): w = 0 is unconditional, w = 1 is conditional, exactly, w > 1 exaggerates.
+
+    Some systems write c + w (c - u); their w is ours minus 1.
+
+    Args:
+        conditional: logits given the text, float [B, K].
+        unconditional: logits given the empty caption, float [B, K].
+        weight: w, finite and >= 0.
+
+    Returns:
+        Guided logits [B, K].
+
+    Raises:
+        UserError: the weight is out of range, or the shapes differ.
+
+    Paper: Ho and Salimans, Classifier-Free Diffusion Guidance (2207.12598), with w counted from the unconditional end.
+    """
+    check_guidance(weight)
+    if conditional.shape != unconditional.shape:
+        raise UserError(
+            f"conditional logits have shape {tuple(conditional.shape)}, unconditional {tuple(unconditional.shape)}: "
+            "expected the same"
+        )
+    # lerp returns its ends exactly; the formula as written would give c only up to rounding at w = 1.
+    return torch.lerp(unconditional, conditional, weight)
+
+
+def temperature(logits: Tensor, value: float) -> Tensor:
+    """Divide logits by a temperature; 0 keeps only the most likely code (the first one among equals).
+
+    Args:
+        logits: float [B, K].
+        value: tau, finite and >= 0.
+
+    Returns:
+        Logits [B, K].
+
+    Raises:
+        UserError: the temperature is out of range.
+    """
+    check_temperature(value)
+    if value == 0:
+        best = logits.argmax(dim=-1, keepdim=True)  # [B, 1]
+        return torch.full_like(logits, -math.inf).scatter(-1, best, 0.0)
+    return logits if value == 1 else logits / value
+
+
+def top_k(logits: Tensor, value: int) -> Tensor:
+    """Keep the k largest logits of each row, the others become -inf; equals of the k-th largest are all kept.
+
+    Keeping equals makes the result a function of the row's values alone, not of the order in which a sort visits them.
+
+    Args:
+        logits: float [B, K].
+        value: k >= 0; 0, or k >= K, keeps all.
+
+    Returns:
+        Logits [B, K].
+
+    Raises:
+        UserError: k is negative or not an integer.
+    """
+    check_top_k(value)
+    if value == 0 or value >= logits.shape[-1]:
+        return logits
+    threshold = logits.topk(int(value), dim=-1, sorted=True).values[..., -1:]  # [B, 1]
+    return logits.masked_fill(logits < threshold, -math.inf)
+
+
+def top_p(logits: Tensor, value: float) -> Tensor:
+    """Nucleus filter: keep the smallest set of most likely codes whose probabilities sum to at least p.
+
+    The most likely code is always kept; among equals at the border the lower code number is kept.
+
+    Args:
+        logits: float [B, K].
+        value: p in (0, 1]; 1 keeps all.
+
+    Returns:
+        Logits [B, K], -inf outside the set.
+
+    Raises:
+        UserError: p is out of range.
+
+    Paper: Holtzman et al., The Curious Case of Neural Text Degeneration (1904.09751), section 3.1.
+    """
+    check_top_p(value)
+    if value == 1:
+        return logits
+    ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)  # [B, K] both
+    mass_before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered
+    # A hair of slack: sums such as 0.4 + 0.3 miss 0.7 by rounding, and a code too many would be kept.
+    drop = (mass_before >= value - 1e-7).index_fill(-1, torch.zeros(1, dtype=torch.int64, device=logits.device), False)
+    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -math.inf)
+
+
+def min_p(logits: Tensor, value: float) -> Tensor:
+    """Keep codes whose probability is at least `value` times that of the most likely code of the row.
+
+    Args:
+        logits: float [B, K].
+        value: in [0, 1]; 0 keeps all, 1 keeps the most likely code and its equals.
+
+    Returns:
+        Logits [B, K], -inf elsewhere.
+
+    Raises:
+        UserError: the value is out of range.
+
+    Paper: Nguyen et al., Turning Up the Heat: Min-p Sampling (2407.01082), section 3.
+    """
+    check_min_p(value)
+    if value == 0:
+        return logits
+    # p_i >= v * p_max in logits: no softmax is needed, the normalizer cancels.
+    return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(value), -math.inf)
+
+
+def choose(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draw one code per row by inverting the cumulative distribution at one uniform number per row.
+
+    One number per row, where Gumbel-max needs K: the stream of an image costs nothing next to the model, and a row's
+    draw depends on that row alone. The sum runs in float64, so no code with probability above 2^-53 is out of reach,
+    and a code with probability 0 is never drawn.
+
+    Args:
+        logits: float [B, K]; -inf marks a code that cannot be drawn.
+        uniform: float64 [B] in [0, 1).
+
+    Returns:
+        Codes, int64 [B].
+    """
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # [B, K]
+    total = cumulative[:, -1]  # 1 up to float32 rounding
+    # u * total may round up to total, whose place would be one past the end.
+    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    codes = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    return codes.clamp_(max=logits.shape[-1] - 1)  # only NaN logits reach K; the decode loop reports them

@@ -1,0 +1,54 @@
+"""Which images to train on, and at what size: the `data` section of every stage's configuration."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tessera.data.corpus import Corpus, open_corpus
+from tessera.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """A corpus and how its pictures are cut."""
+
+    path: str = "scenes"
+    """scenes, emoji, a folder of captioned images or a manifest"""
+    image_size: tuple[int, int] = (64, 64)
+    """height and width in pixels; pictures are cropped to this aspect around their center and resized"""
+    limit: int | None = None
+    """use only so many pictures; for scenes their number; null for all (scenes: 20,000)"""
+    seed: int = 0
+    """which scenes are drawn"""
+    font: str | None = None
+    """color font for emoji; null searches for one"""
+    cache_dir: str | None = None
+    """where manifests, rejects and decoded pictures are kept between runs; null keeps them in memory"""
+
+    def __post_init__(self) -> None:
+        if min(self.image_size) < 8:
+            raise UserError(f"data.image_size must be at least 8x8 pixels; got {self.image_size[0]}x{self.image_size[1]}")
+
+    @property
+    def cache_path(self) -> Path | None:
+        """`cache_dir` as a path."""
+        return Path(self.cache_dir).expanduser() if self.cache_dir else None
+
+    def open(self, split: Literal["train", "validation"]) -> Corpus:
+        """The corpus of one split.
+
+        Raises:
+            UserError: if there is none, or nothing in it can be used.
+        """
+        limit = self.limit
+        if split == "validation" and limit is not None:
+            limit = max(1, limit // 20)
+        return open_corpus(
+            self.path,
+            image_size=self.image_size,
+            split=split,
+            seed=self.seed,
+            limit=limit,
+            font=self.font,
+            cache_dir=self.cache_path,
+        )

@@ -1,0 +1,97 @@
+"""Batches in keyed order: the same stream whatever the number of workers, and from any step on."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tessera.data.order import SampleKey, sample_keys
+
+Batch = dict[str, Tensor]
+
+
+class BatchSource(Protocol):
+    """Turns draws into tensors. A batch is a function of its keys alone."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, keys: Sequence[SampleKey]) -> Batch:
+        """The tensors of these draws, batch first."""
+        ...
+
+
+class KeyedLoader:
+    """An endless iterable of batches, beginning at `start_step`.
+
+    Args:
+        source: what turns keys into tensors.
+        batch_size: draws per step over all ranks; must be a multiple of `world_size`.
+        seed: keys the order and every draw.
+        start_step: optimizer steps already done; iteration continues with the batch after them.
+        rank: this process's place among `world_size` processes that share each batch.
+        world_size: number of processes.
+        num_workers: loading processes; 0 loads in the training process.
+
+    Raises:
+        ValueError: if the source is empty or the batch cannot be shared evenly.
+    """
+
+    def __init__(
+        self,
+        source: BatchSource,
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+    ) -> None:
+        if len(source) == 0:
+            raise ValueError("cannot load batches from an empty source")
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(f"batch_size must be a positive multiple of {world_size} processes; got {batch_size}")
+        self.source, self.batch_size, self.seed = source, batch_size, seed
+        self.start_step, self.rank, self.world_size, self.num_workers = start_step, rank, world_size, num_workers
+
+    def keys(self, step: int) -> list[SampleKey]:
+        """This rank's draws of optimizer step `step`."""
+        keys = sample_keys(step * self.batch_size, self.batch_size, size=len(self.source), seed=self.seed)
+        return keys[self.rank :: self.world_size]
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.num_workers == 0:
+            step = self.start_step
+            while True:
+                yield self.source.batch(self.keys(step))
+                step += 1
+        loader = DataLoader(
+            _BatchDataset(self.source),
+            sampler=_StepSampler(self),
+            batch_size=None,
+            num_workers=self.num_workers,
+            prefetch_factor=4,
+        )
+        yield from loader
+
+
+class _StepSampler(Sampler[list[SampleKey]]):
+    """Yields one step's keys after the other, so that a worker receives whole batches."""
+
+    def __init__(self, loader: KeyedLoader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        step = self.loader.start_step
+        while True:
+            yield self.loader.keys(step)
+            step += 1
+
+
+class _BatchDataset(Dataset[Batch]):
+    def __init__(self, source: BatchSource) -> None:
+        self.source = source
+
+    def __getitem__(self, keys: Sequence[SampleKey]) -> Batch:
+        return self.source.batch(keys)

@@ -1,0 +1,171 @@
+"""The optimizer and learning-rate schedule of every stage.
+
+Hidden weights are updated by Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"): the
+momentum matrix is replaced by a nearby orthogonal one, so that every direction of a weight learns at the same rate.
+Everything else (embeddings, heads, gains, biases) is updated by AdamW. In short runs on small corpora this is the
+largest single gain of all the settings here: at 350 equal steps a dVAE on scenes reached 25.2 dB instead of 20.0.
+
+`torch.optim.Muon` takes matrices only; convolution kernels, which make up the whole dVAE, need this one.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tessera.errors import UserError
+
+# The quintic iteration of the Muon write-up: coefficients chosen for slope at zero, five rounds in bf16.
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_NEWTON_SCHULZ_ROUNDS = 5
+# A step of size 0.2 sqrt(max(rows, columns)) has AdamW's typical root mean square, so that both kinds of parameter
+# share one learning rate (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2).
+_ADAMW_MATCH = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Muon and AdamW with warm-up, cosine decay and weight averaging."""
+
+    learning_rate: float = 3e-3
+    """peak learning rate"""
+    momentum: float = 0.95
+    """muon: decay of the gradient's running mean"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """adamw: decay rates of the gradient's mean and square"""
+    weight_decay: float = 0.05
+    """decay of hidden weights; embeddings, gains and biases are not decayed"""
+    warmup: float = 0.03
+    """share of training, 0 to 1, over which the rate rises linearly from zero"""
+    final_rate: float = 0.02
+    """the rate at the end as a share of the peak"""
+    clip_norm: float = 1.0
+    """largest norm of the gradient"""
+    ema_horizon: float = 0.03
+    """share of training over which weights are averaged; 0 switches averaging off"""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0 or not 0 <= self.warmup < 1 or not 0 <= self.ema_horizon < 1:
+            raise UserError(
+                f"optim needs learning_rate > 0 and warmup and ema_horizon in [0, 1); "
+                f"got {self.learning_rate}, {self.warmup} and {self.ema_horizon}"
+            )
+
+
+def rate_at(progress: float, config: OptimizerConfig) -> float:
+    """The learning rate's factor at `progress` in [0, 1] of training: linear warm-up, then a cosine to `final_rate`."""
+    if progress < config.warmup:
+        return max(progress / config.warmup, 1e-3)
+    done = min(1.0, (progress - config.warmup) / (1 - config.warmup))
+    return config.final_rate + (1 - config.final_rate) * (1 + math.cos(math.pi * done)) / 2
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> "MuonAdamW":
+    """Muon for the weights of hidden linear and convolution layers of `module`, AdamW for the rest.
+
+    A layer is hidden unless its name ends in "head" or "stem", the module's ends toward data, where rows are classes or
+    pixels and not directions of one space.
+    """
+    hidden: list[nn.Parameter] = []
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not name.endswith(("head", "stem")):
+            hidden.append(layer.weight)
+    hidden = [weight for weight in hidden if weight.requires_grad]
+    hidden_ids = {id(weight) for weight in hidden}
+    rest = [weight for weight in module.parameters() if weight.requires_grad and id(weight) not in hidden_ids]
+    return MuonAdamW(hidden, rest, config)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """One optimizer, two update rules.
+
+    Args:
+        hidden: parameters of 2 or 4 dimensions, updated by Muon; kernels [O, I, h, w] count as matrices [O, I h w].
+        rest: parameters of any shape, updated by AdamW.
+        config: rates; `learning_rate` applies to both.
+    """
+
+    def __init__(self, hidden: list[nn.Parameter], rest: list[nn.Parameter], config: OptimizerConfig) -> None:
+        common = {"lr": config.learning_rate, "momentum": config.momentum, "betas": config.betas, "eps": 1e-8}
+        groups: list[dict[str, Any]] = []
+        if hidden:
+            groups.append({**common, "params": hidden, "rule": "muon", "weight_decay": config.weight_decay})
+        if rest:
+            groups.append({**common, "params": rest, "rule": "adamw", "weight_decay": 0.0})
+        super().__init__(groups, defaults={})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Updates every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["rule"] == "muon":
+                self._step_muon(parameters, group)
+            elif parameters:
+                self._step_adamw(parameters, group)
+        return loss
+
+    def _step_muon(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+        for parameter in parameters:
+            gradient = parameter.grad
+            assert gradient is not None
+            state = self.state[parameter]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(parameter)
+            state["momentum"].lerp_(gradient, 1 - group["momentum"])
+            update = gradient.lerp(state["momentum"], group["momentum"]).flatten(1)  # Nesterov, [rows, columns]
+            by_shape[tuple(update.shape)].append((parameter, update))  # type: ignore[index]
+        for (rows, columns), entries in by_shape.items():
+            orthogonal = orthogonalize(torch.stack([update for _, update in entries]))
+            scale = _ADAMW_MATCH * math.sqrt(max(rows, columns))
+            for (parameter, _), update in zip(entries, orthogonal.unbind(0), strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.reshape(parameter.shape).to(parameter.dtype), alpha=-group["lr"] * scale)
+
+    def _step_adamw(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["steps"] = 0
+                state["mean"] = torch.zeros_like(parameter)
+                state["square"] = torch.zeros_like(parameter)
+            state["steps"] += 1
+        gradients = [parameter.grad for parameter in parameters]
+        means = [self.state[parameter]["mean"] for parameter in parameters]
+        squares = [self.state[parameter]["square"] for parameter in parameters]
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        roots = torch._foreach_sqrt(squares)
+        steps = [self.state[parameter]["steps"] for parameter in parameters]
+        torch._foreach_div_(roots, [math.sqrt(1 - beta2**count) for count in steps])
+        torch._foreach_add_(roots, group["eps"])
+        torch._foreach_addcdiv_(parameters, means, roots, [-group["lr"] / (1 - beta1**count) for count in steps])
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Replaces each matrix U S V^T of [n, rows, columns] by approximately U V^T.
+
+    The singular values of the result lie between about 0.7 and 1.2: close enough for an update's direction, and reached
+    with matrix products alone.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(_NEWTON_SCHULZ_ROUNDS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

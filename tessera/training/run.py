@@ -1,0 +1,182 @@
+"""Runs one stage of training under Lightning: one function for every stage, on one machine or many."""
+
+import logging
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from tessera.data.loader import Batch, BatchSource, KeyedLoader
+from tessera.errors import UserError
+from tessera.precision import resolve_device, resolve_precision
+from tessera.training.callbacks import ProgressClock, ProgressLine, RandomState, Saver
+from tessera.training.checkpoint import AtomicCheckpointIO, checkpoint_step, newest_readable
+from tessera.training.optim import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How long and on what to train."""
+
+    max_steps: int = 1000
+    """optimizer steps"""
+    budget_seconds: float | None = None
+    """training time at which the schedule ends even if max_steps is not reached; null for no limit"""
+    batch_size: int = 64
+    """samples per optimizer step, over all processes"""
+    seed: int = 0
+    """keys the order of samples and every random choice"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+    num_devices: int = 1
+    """processes per node, one per GPU (or CPU process); under torchrun or SLURM the launcher's number"""
+    num_nodes: int = 1
+    """machines"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 where the hardware multiplies it, else fp32; auto decides and says so"""
+    compile: bool = False
+    """compile the inner model with torch.compile (needs a C++ compiler on CPUs)"""
+    num_workers: int = 0
+    """data loading processes"""
+    log_every_steps: int = 10
+    """steps between two rows of metrics.csv"""
+    validate_every_steps: int = 200
+    """steps between two passes over the validation batches"""
+    checkpoint_every_seconds: float = 60.0
+    """time between two checkpoints"""
+    checkpoint_every_steps: int | None = None
+    """steps between two checkpoints, in addition; null for time alone"""
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1 or self.batch_size < 1:
+            raise UserError(
+                f"trainer needs max_steps and batch_size of at least 1; got {self.max_steps} and {self.batch_size}"
+            )
+
+
+class TrainingResult(NamedTuple):
+    """What a stage of training came to.
+
+    Attributes:
+        steps: optimizer steps in all, those before a resume included.
+        seconds: training time in all.
+        metrics: the last value of everything logged.
+    """
+
+    steps: int
+    seconds: float
+    metrics: dict[str, float]
+
+
+def run_training(
+    module: pl.LightningModule,
+    source: BatchSource,
+    *,
+    name: str,
+    config: TrainerConfig,
+    optim: OptimizerConfig,
+    run_dir: Path,
+    validation: Iterable[Batch] | None = None,
+    callbacks: tuple[Callback, ...] = (),
+) -> TrainingResult:
+    """Trains `module` in place, resuming from the newest checkpoint in `run_dir`; its weights end as the averaged ones.
+
+    Args:
+        module: a LightningModule with the trained network at `.model`; its `progress` attribute is set before each step.
+        source: the training data.
+        name: shown in the progress line.
+        config: how long and on what.
+        optim: schedule and weight averaging.
+        run_dir: receives metrics.csv, TensorBoard events and checkpoints/.
+        validation: a sized collection of batches, or None.
+        callbacks: more callbacks.
+
+    Raises:
+        KeyboardInterrupt: after saving, when the user interrupted; the same call resumes.
+    """
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    checkpoint_dir = run_dir / "checkpoints"
+    resume_from, damaged = newest_readable(checkpoint_dir)
+    for path in damaged:
+        logging.getLogger(__name__).warning("damaged checkpoint passed over: %s", path)
+    start_step = checkpoint_step(resume_from) if resume_from else 0
+
+    clock = ProgressClock(optim, max_steps=config.max_steps, budget_seconds=config.budget_seconds)
+    saver = Saver(
+        checkpoint_dir, every_seconds=config.checkpoint_every_seconds, every_steps=config.checkpoint_every_steps
+    )
+    averaging = _averaging(optim, config.max_steps)
+    module.progress = 0.0  # type: ignore[assignment]
+    if config.compile:
+        module.model.compile()  # type: ignore[operator]
+    with warnings.catch_warnings():
+        _silence_lightning()
+        trainer = pl.Trainer(
+            accelerator="cpu" if device.type == "cpu" else "gpu",
+            devices=[device.index] if device.index is not None else config.num_devices,
+            num_nodes=config.num_nodes,
+            precision="bf16-mixed" if precision.name == "bf16" else "32-true",
+            max_steps=config.max_steps,
+            max_epochs=-1,
+            gradient_clip_val=optim.clip_norm,
+            logger=[
+                CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=5 * config.log_every_steps),
+                TensorBoardLogger(run_dir, name="", version="tensorboard"),
+            ],
+            callbacks=[clock, RandomState(), saver, *averaging, *callbacks, ProgressLine(name, clock, batch_size=config.batch_size)],
+            plugins=[AtomicCheckpointIO()],
+            log_every_n_steps=config.log_every_steps,
+            val_check_interval=config.validate_every_steps if validation is not None else None,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
+        )
+        loader = KeyedLoader(
+            source,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=start_step,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            num_workers=config.num_workers,
+        )
+        trainer.fit(module, loader, validation, ckpt_path=resume_from, weights_only=True)
+    if saver.interrupted:
+        raise KeyboardInterrupt
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    return TrainingResult(steps=trainer.global_step, seconds=clock.seconds, metrics=metrics)
+
+
+def _averaging(optim: OptimizerConfig, max_steps: int) -> list[Callback]:
+    """Exponential averaging whose horizon is a share of training, so that short runs are not dominated by their start."""
+    if optim.ema_horizon == 0:
+        return []
+    decay = 1 - 1 / max(2.0, optim.ema_horizon * max_steps)
+    return [EMAWeightAveraging(decay=decay)]
+
+
+def _silence_lightning() -> None:
+    """Lightning's banners and its hints about choices that are made on purpose here."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*GPU available but not used.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+        ".*Experiment logs directory.*exists.*",
+        ".*isn't supported for.*resume.*",
+        ".*is not a resumable.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*mid-epoch.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,62 @@
+"""What makes a stage repeatable: its run folder remembers the configuration and, once it is done, the result.
+
+Running a finished stage again costs nothing; running an interrupted one resumes it; running another configuration in
+the same folder is refused, because its checkpoints would not fit.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tessera.atomic_write import atomic_write
+from tessera.config import to_plain
+from tessera.errors import UserError
+from tessera.plain_yaml import read_yaml, write_yaml
+
+CONFIG_FILE = "config.yaml"
+RESULT_FILE = "finished.json"
+
+
+def begin(run_dir: Path, config: Any, *, inputs: dict[str, str]) -> dict[str, Any] | None:
+    """Claims a run folder for a configuration.
+
+    Args:
+        run_dir: made if absent.
+        config: the stage's dataclass.
+        inputs: hashes of what the stage reads (corpus, tokenizer, dVAE ...); a change of input is another run.
+
+    Returns:
+        The stored result if this very run has finished, else None.
+
+    Raises:
+        UserError: if the folder holds a run of another configuration.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    resolved = {"config": to_plain(config), "inputs": inputs}
+    path = run_dir / CONFIG_FILE
+    if path.exists():
+        difference = _first_difference(read_yaml(path), resolved, "")
+        if difference is not None:
+            raise UserError(
+                f"{run_dir} holds another run: {difference}; choose another run_dir or delete that folder to start over"
+            )
+    else:
+        write_yaml(path, resolved)
+    result = run_dir / RESULT_FILE
+    return json.loads(result.read_text()) if result.exists() else None
+
+
+def finish(run_dir: Path, result: dict[str, Any]) -> None:
+    """Stores the result of a run that is done."""
+    with atomic_write(run_dir / RESULT_FILE) as temporary:
+        temporary.write_text(json.dumps(result, indent=1))
+
+
+def _first_difference(old: Any, new: Any, key: str) -> str | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in (*old, *(name for name in new if name not in old)):
+            found = _first_difference(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
+            if found is not None:
+                return found
+        return None
+    return None if old == new else f"{key} was {old!r} and is now {new!r}"

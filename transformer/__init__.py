@@ -1,0 +1,1 @@
+"""The prior: one causal transformer over [text tokens | image tokens], its masks, attention, cache and training."""

@@ -1,0 +1,361 @@
+"""The prior: a causal transformer that predicts image codes after text tokens (Ramesh et al. 2021, section 2.2).
+
+Pre-normalization, SwiGLU (Shazeer 2020), normalized queries and keys (Henry et al. 2020), rotary positions (Su et al.
+2021) that are one-dimensional on the text and two-dimensional on the image, separate heads for text and image.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tessera.config import from_plain
+from tessera.errors import UserError
+from tessera.model_folder import ModelFolder
+from transformer.attention import attend
+from transformer.cache import KVCache
+from transformer.masks import AttentionMask, MaskKind, layer_kinds
+
+# B batch, T text positions, I image positions, N = T + I, C width, H heads, D head width, V text ids, K codebook size.
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceLayout:
+    """What stands where in the prior's sequence: T text positions, then the code grid in raster order."""
+
+    text_len: int = 32
+    """T, text positions; shorter captions are filled with one learned pad id per position"""
+    grid_height: int = 8
+    """rows of the code grid"""
+    grid_width: int = 8
+    """columns of the code grid"""
+    text_vocab_size: int = 512
+    """pieces of the text tokenizer, without the pad ids"""
+    codebook_size: int = 1024
+    """K, codes of the dVAE"""
+
+    def __post_init__(self) -> None:
+        for name in ("text_len", "grid_height", "grid_width", "text_vocab_size", "codebook_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"layout.{name} must be at least 1; got {getattr(self, name)}")
+
+    @property
+    def image_len(self) -> int:
+        """I, image positions."""
+        return self.grid_height * self.grid_width
+
+    @property
+    def seq_len(self) -> int:
+        """N, all positions."""
+        return self.text_len + self.image_len
+
+    @property
+    def num_text_ids(self) -> int:
+        """V, text ids with the pads: the pad of position p is text_vocab_size + p."""
+        return self.text_vocab_size + self.text_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """Sizes of a `Prior`."""
+
+    layout: SequenceLayout = SequenceLayout()
+    """what the sequence holds; taken from the token shards in training"""
+    dim: int = 256
+    """C, channels"""
+    depth: int = 6
+    """number of layers"""
+    heads: int = 4
+    """attention heads; dim / heads channels each, a multiple of 4"""
+    attention: tuple[MaskKind, ...] = ("row", "column", "row", "full")
+    """mask kinds, repeated over the layers; a "conv" entry is kept for the last layer"""
+    kernel_size: int = 11
+    """side of the conv mask's window, odd"""
+    mlp_ratio: float = 2.75
+    """hidden channels of the gated MLP per channel; 8/3 equals the parameters of a plain MLP of ratio 4"""
+    rope_theta: float = 100.0
+    """longest rotary wavelength is 2 pi times this, in positions"""
+
+    def __post_init__(self) -> None:
+        if self.dim < 1 or self.depth < 1 or self.heads < 1 or self.dim % self.heads or self.dim // self.heads % 4:
+            raise UserError(
+                f"prior dim must be a multiple of 4 x heads and depth at least 1; "
+                f"got dim={self.dim}, heads={self.heads}, depth={self.depth}"
+            )
+
+
+class Norm(nn.Module):
+    """Layer normalization with a gain and no bias.
+
+    RMS normalization would do as well, but PyTorch has no fused kernel for its backward pass on a CPU: at 5,568 x 256
+    in bf16 it took eleven times as long.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (self.dim,), self.weight.to(x.dtype))
+
+
+def rotary_angles(layout: SequenceLayout, head_dim: int, theta: float) -> Tensor:
+    """The rotation angle of every position and channel pair, float32 [N, head_dim / 2].
+
+    One half of the pairs turns with the row, the other with the column. Text position p counts as row and column
+    p - T, that is, on the diagonal up and left of the image: between text positions the angles are one-dimensional,
+    between image positions two-dimensional, and the two meet without a special case.
+    """
+    text = torch.arange(-layout.text_len, 0)
+    rows = torch.arange(layout.grid_height).repeat_interleave(layout.grid_width)
+    columns = torch.arange(layout.grid_width).repeat(layout.grid_height)
+    frequency = theta ** (-torch.arange(head_dim // 4) / (head_dim // 4))  # [D/4]
+    row_angles = torch.cat([text, rows])[:, None] * frequency  # [N, D/4]
+    column_angles = torch.cat([text, columns])[:, None] * frequency
+    return torch.cat([row_angles, column_angles], dim=1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns channel pairs (d, d + D/2) of x [B, H, n, D] by the angles whose cos and sin are [n, D/2]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with normalized queries and keys."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query_key_value = nn.Linear(dim, 3 * dim, bias=False)
+        self.norm_query = Norm(dim // heads)
+        self.norm_key = Norm(dim // heads)
+        self.project = nn.Linear(dim, dim, bias=False)
+
+    def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, n, C] to rotated queries, rotated keys and values, each [B, H, n, D]."""
+        batch, length, dim = x.shape
+        heads = self.query_key_value(x).view(batch, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        query, key, value = heads.unbind(0)  # [B, H, n, D]
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        return rotate(self.norm_query(query), cos, sin), rotate(self.norm_key(key), cos, sin), value
+
+    def output(self, attended: Tensor) -> Tensor:
+        """[B, H, n, D] back to [B, n, C]."""
+        return self.project(attended.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward layer."""
+
+    def __init__(self, dim: int, ratio: float) -> None:
+        super().__init__()
+        hidden = 32 * math.ceil(dim * ratio / 32)
+        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and beside a skip connection."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.norm_attention = Norm(config.dim)
+        self.attention = Attention(config.dim, config.heads)
+        self.norm_mlp = Norm(config.dim)
+        self.mlp = MLP(config.dim, config.mlp_ratio)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *, cache: KVCache | None, layer: int, start: int
+    ) -> Tensor:
+        """x [B, n, C] are positions start .. start + n - 1; mask is bool [n, start + n].
+
+        With a cache, their keys and values are stored in it and the earlier positions are read from it.
+        """
+        query, key, value = self.attention.queries_keys_values(self.norm_attention(x), cos, sin)
+        if cache is not None:
+            cache.write(layer, start, key, value)
+            end = start + x.shape[1]
+            key, value = cache.keys[layer, :, :, :end].to(key.dtype), cache.values[layer, :, :, :end].to(key.dtype)
+        x = x + self.attention.output(attend(query, key, value, mask))
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class PriorOutput(NamedTuple):
+    """Teacher-forced predictions.
+
+    Attributes:
+        text_logits: float [B, T - 1, V]; entry p predicts the text id at position p + 1.
+        image_logits: float [B, I, K]; entry i predicts image code i.
+    """
+
+    text_logits: Tensor
+    image_logits: Tensor
+
+
+class Prior(nn.Module):
+    """Predicts image codes after text ids.
+
+    Args:
+        config: sizes; see `PriorConfig`.
+
+    Example:
+        >>> prior = Prior(PriorConfig(dim=32, depth=2, heads=2))
+        >>> text = prior.null_text_ids()[None]
+        >>> cache = prior.new_cache(1)
+        >>> logits = prior.prefill(text, cache)  # for the first code
+        >>> logits = prior.decode(logits.argmax(dim=1), 0, cache)  # for the second
+        >>> logits.shape
+        torch.Size([1, 1024])
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = layout = config.layout
+        self.text_embedding = nn.Embedding(layout.num_text_ids, config.dim)
+        self.image_embedding = nn.Embedding(layout.codebook_size, config.dim)
+        self.row_embedding = nn.Parameter(torch.zeros(layout.grid_height, config.dim))
+        self.column_embedding = nn.Parameter(torch.zeros(layout.grid_width, config.dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = Norm(config.dim)
+        self.text_head = nn.Linear(config.dim, layout.num_text_ids, bias=False)
+        self.image_head = nn.Linear(config.dim, layout.codebook_size, bias=False)
+        self.kinds = layer_kinds(config.attention, config.depth)
+        for kind in set(self.kinds):
+            mask = AttentionMask(
+                kind=kind,
+                text_len=layout.text_len,
+                grid_height=layout.grid_height,
+                grid_width=layout.grid_width,
+                kernel_size=config.kernel_size,
+            )
+            self.register_buffer(f"mask_{kind}", mask.dense(), persistent=False)
+        angles = rotary_angles(layout, config.dim // config.heads, config.rope_theta)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initializes every weight.
+
+        ==========================================  =======================================
+        linear layers reading the residual stream   N(0, 1/sqrt(inputs))
+        linear layers writing to it                 zero, so that every block starts as identity
+        heads                                       zero, so that the loss starts at ln V and ln K
+        token embeddings                            N(0, 1)
+        row and column embeddings                   zero
+        norm gains                                  one
+        ==========================================  =======================================
+        """
+        nn.init.normal_(self.text_embedding.weight)
+        nn.init.normal_(self.image_embedding.weight)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for linear in (block.attention.query_key_value, block.mlp.gate_up):
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            for linear in (block.attention.project, block.mlp.down):
+                nn.init.zeros_(linear.weight)
+        nn.init.zeros_(self.text_head.weight)
+        nn.init.zeros_(self.image_head.weight)
+
+    def forward(self, text_ids: Tensor, image_codes: Tensor) -> PriorOutput:
+        """Teacher-forced logits for text ids int64 [B, T] and image codes int64 [B, I].
+
+        The last code is never an input: nothing follows it.
+
+        Raises:
+            ValueError: if a shape does not fit the layout.
+        """
+        layout = self.layout
+        self._check("text_ids", text_ids, layout.text_len)
+        self._check("image_codes", image_codes, layout.image_len)
+        x = torch.cat([self.text_embedding(text_ids), self._embed_codes(image_codes[:, :-1], 0)], dim=1)
+        x = self._run_blocks(x, start=0, cache=None)  # [B, N - 1, C]
+        text_logits = self.text_head(x[:, : layout.text_len - 1])
+        image_logits = self.image_head(x[:, layout.text_len - 1 :])
+        return PriorOutput(text_logits, image_logits)
+
+    def new_cache(self, batch_size: int, *, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for `batch_size` rows, in the weights' dtype unless another is given."""
+        weight = self.image_head.weight
+        return KVCache.empty(
+            layers=self.config.depth,
+            batch_size=batch_size,
+            heads=self.config.heads,
+            seq_len=self.layout.seq_len,
+            head_dim=self.config.dim // self.config.heads,
+            device=weight.device,
+            dtype=dtype or weight.dtype,
+        )
+
+    @torch.no_grad()
+    def prefill(self, text_ids: Tensor, cache: KVCache) -> Tensor:
+        """Feeds all text ids int64 [B, T]; returns the float32 [B, K] logits of image code 0."""
+        self._check("text_ids", text_ids, self.layout.text_len)
+        x = self._run_blocks(self.text_embedding(text_ids), start=0, cache=cache)
+        return self.image_head(x[:, -1]).float()
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, position: int, cache: KVCache) -> Tensor:
+        """Feeds image codes int64 [B], the ones at `position`; returns the float32 [B, K] logits of position + 1.
+
+        Args:
+            codes: the code of each row at `position`.
+            position: 0-based place in the code grid, below I - 1.
+            cache: holds the text and all codes before `position`; extended in place.
+        """
+        if not 0 <= position < self.layout.image_len - 1:
+            raise ValueError(f"position must lie in [0, {self.layout.image_len - 1}); got {position}")
+        x = self._embed_codes(codes[:, None], position)
+        x = self._run_blocks(x, start=self.layout.text_len + position, cache=cache)
+        return self.image_head(x[:, -1]).float()
+
+    def null_text_ids(self) -> Tensor:
+        """The ids of the empty caption, int64 [T]: the pad of every position."""
+        layout = self.layout
+        return torch.arange(layout.text_vocab_size, layout.num_text_ids, device=self.text_embedding.weight.device)
+
+    def _embed_codes(self, codes: Tensor, first: int) -> Tensor:
+        """Codes int64 [B, n] at grid places first .. first + n - 1 to [B, n, C]."""
+        place = torch.arange(first, first + codes.shape[1], device=codes.device)
+        width = self.layout.grid_width
+        where = self.row_embedding[place // width] + self.column_embedding[place % width]  # [n, C]
+        return self.image_embedding(codes) + where
+
+    def _run_blocks(self, x: Tensor, *, start: int, cache: KVCache | None) -> Tensor:
+        end = start + x.shape[1]
+        cos, sin = self.cos[start:end], self.sin[start:end]
+        for layer, (kind, block) in enumerate(zip(self.kinds, self.blocks, strict=True)):
+            mask = self.get_buffer(f"mask_{kind}")[start:end, :end]
+            x = block(x, cos, sin, mask, cache=cache, layer=layer, start=start)
+        return self.norm(x)
+
+    def _check(self, name: str, value: Tensor, length: int) -> None:
+        if value.dim() != 2 or value.shape[1] != length:
+            raise ValueError(f"{name} must have shape [batch, {length}]; got {tuple(value.shape)}")
+
+
+def load(folder: ModelFolder, *, device: torch.device | str = "cpu") -> Prior:
+    """The frozen prior of a model folder, in evaluation mode.
+
+    Raises:
+        UserError: if the folder has no prior.
+    """
+    if not folder.has("prior"):
+        raise UserError(f"{folder.path} has no prior part: train one with `tessera train-prior` or `tessera fit`")
+    config = from_plain(PriorConfig, folder.config("prior"), source=f"{folder.path}/prior/config.yaml")
+    prior = Prior(config)
+    prior.load_state_dict(folder.tensors("prior"))
+    return prior.eval().requires_grad_(False).to(device)

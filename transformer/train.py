@@ -1,0 +1,220 @@
+"""Trains the prior on token shards and exports it: `tessera train-prior CONFIG.yaml key=value ...`."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tessera.config import load, to_plain
+from tessera.data.order import SampleKey, mix, permuted, sample_keys
+from tessera.data.shards import TokenShards
+from tessera.errors import UserError
+from tessera.model_folder import ModelFolder, write_part
+from tessera.text_tokenizer import TextTokenizer
+from tessera.training import stage
+from tessera.training.optim import OptimizerConfig
+from tessera.training.run import TrainerConfig, run_training
+from transformer.lit import PriorLit
+from transformer.model import Prior, PriorConfig, SequenceLayout
+
+_MOST_VALIDATION_SAMPLES = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run of the prior."""
+
+    shards: str = "runs/shards"
+    """token shards, made by `tessera encode`"""
+    model: PriorConfig = PriorConfig()
+    """sizes; `model.layout` is taken from the shards"""
+    optim: OptimizerConfig = OptimizerConfig()
+    """rates"""
+    trainer: TrainerConfig = TrainerConfig(batch_size=64)
+    """how long and on what"""
+    condition_dropout: float = 0.1
+    """share of captions, 0 to 1, replaced by the empty one, so that guidance has an unconditional branch"""
+    bpe_dropout: float = 0.1
+    """chance, 0 to 1, that a merge of the text tokenizer is skipped in training"""
+    validation_share: float = 0.02
+    """share of the samples, 0 to 1, kept out of training"""
+    out: str = "my-model"
+    """model folder that receives the prior part"""
+    run_dir: str = "runs/prior"
+    """receives checkpoints and metrics; the same command resumes from it"""
+
+    def __post_init__(self) -> None:
+        for name in ("condition_dropout", "bpe_dropout", "validation_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
+
+
+class TokenBatches:
+    """A `BatchSource` over some samples of token shards: caption choice, BPE and condition dropout by the key's seed.
+
+    Args:
+        shards: the samples.
+        rows: int64, which of them.
+        tokenizer: splits captions.
+        condition_dropout: share of captions replaced by the empty one.
+        bpe_dropout: chance of a skipped merge.
+    """
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        rows: np.ndarray,
+        tokenizer: TextTokenizer,
+        *,
+        condition_dropout: float,
+        bpe_dropout: float,
+    ) -> None:
+        self.shards, self.rows, self.tokenizer = shards, rows, tokenizer
+        self.condition_dropout, self.bpe_dropout = condition_dropout, bpe_dropout
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, keys: Sequence[SampleKey]) -> dict[str, torch.Tensor]:
+        rows = self.rows[[key.index for key in keys]]
+        seeds = np.array([key.seed for key in keys])
+        draws = mix(seeds, 1)  # which caption
+        dropped = mix(seeds, 2) < np.uint64(self.condition_dropout * 2**64)
+        captions = []
+        for row, draw, drop in zip(rows, draws, dropped, strict=True):
+            choices = self.shards.captions(int(row))
+            captions.append("" if drop else choices[int(draw) % len(choices)])
+        text_ids = self.tokenizer.encode_batch(
+            captions, text_len=self.shards.index.text_len, dropout=self.bpe_dropout, seeds=[key.seed for key in keys]
+        )
+        return {"text_ids": text_ids, "codes": torch.from_numpy(self.shards.codes[rows].astype(np.int64))}
+
+
+def split_rows(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Training and validation rows: a fixed pseudo-random share is held out, nothing of fewer than 20 samples."""
+    shuffled = permuted(np.arange(count), size=count, key=0)
+    held_out = min(int(count * share), _MOST_VALIDATION_SAMPLES) if count >= 20 else 0
+    return np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Trains and exports; resumes or returns at once where that was done before.
+
+    Returns:
+        steps, seconds, metrics (last value of everything logged) and sha256 of the exported part.
+
+    Raises:
+        UserError: if the shards were made with another dvae or tokenizer than the model folder holds.
+        KeyboardInterrupt: after saving, when the user interrupted.
+    """
+    run_dir, out = Path(config.run_dir), Path(config.out)
+    shards = TokenShards(Path(config.shards))
+    folder = ModelFolder.open(out, parts=["dvae"])
+    tokenizer = TextTokenizer(folder.tokenizer_proto())
+    check_shards(shards, folder)
+    config = replace(config, model=replace(config.model, layout=layout_of(shards, tokenizer)))
+    finished = stage.begin(
+        run_dir,
+        config,
+        inputs={
+            "dvae": shards.index.dvae_sha256,
+            "tokenizer": tokenizer.sha256,
+            "corpus": shards.index.corpus_fingerprint,
+        },
+    )
+    if finished is not None and _is_exported(out, finished["sha256"]):
+        return finished
+    train_rows, validation_rows = split_rows(len(shards), config.validation_share)
+    source = TokenBatches(
+        shards, train_rows, tokenizer, condition_dropout=config.condition_dropout, bpe_dropout=config.bpe_dropout
+    )
+    torch.manual_seed(config.trainer.seed)
+    model = Prior(config.model)
+    result = run_training(
+        PriorLit(model, optim=config.optim),
+        source,
+        name="prior",
+        config=config.trainer,
+        optim=config.optim,
+        run_dir=run_dir,
+        validation=validation_batches(shards, validation_rows, tokenizer, batch_size=config.trainer.batch_size),
+    )
+    sha256 = write_part(
+        out,
+        "prior",
+        config=to_plain(config.model),
+        tensors=model.state_dict(),
+        requires={"dvae": shards.index.dvae_sha256, "tokenizer": tokenizer.sha256},
+        metadata={
+            "corpus": shards.index.corpus_name,
+            "image_size": [shards.index.image_height, shards.index.image_width],
+            "samples": len(train_rows),
+            "steps": result.steps,
+            "measured": result.metrics,
+        },
+    )
+    finished = {"steps": result.steps, "seconds": result.seconds, "metrics": result.metrics, "sha256": sha256}
+    stage.finish(run_dir, finished)
+    return finished
+
+
+def validation_batches(
+    shards: TokenShards, rows: np.ndarray, tokenizer: TextTokenizer, *, batch_size: int
+) -> list[dict[str, torch.Tensor]] | None:
+    """The held-out samples with their captions as they are, or None if there are none."""
+    if len(rows) == 0:
+        return None
+    source = TokenBatches(shards, rows, tokenizer, condition_dropout=0.0, bpe_dropout=0.0)
+    keys = sample_keys(0, len(rows), size=len(rows), seed=0)
+    return [source.batch(keys[start : start + batch_size]) for start in range(0, len(keys), batch_size)]
+
+
+def layout_of(shards: TokenShards, tokenizer: TextTokenizer) -> SequenceLayout:
+    """The sequence that shards and tokenizer make."""
+    index = shards.index
+    return SequenceLayout(
+        text_len=index.text_len,
+        grid_height=index.grid_height,
+        grid_width=index.grid_width,
+        text_vocab_size=tokenizer.vocab_size,
+        codebook_size=index.codebook_size,
+    )
+
+
+def check_shards(shards: TokenShards, folder: ModelFolder) -> None:
+    """Raises UserError if the shards were made with another dvae or tokenizer than the folder holds."""
+    for name, made_with, held in (
+        ("dvae", shards.index.dvae_sha256, folder.part_sha256("dvae")),
+        ("text tokenizer", shards.index.tokenizer_sha256, folder.tokenizer_sha256),
+    ):
+        if made_with != held:
+            raise UserError(
+                f"{shards.directory} was encoded with another {name} ({made_with[:12]}) than {folder.path} holds "
+                f"({held[:12]}): encode again with `tessera encode`"
+            )
+
+
+def _is_exported(out: Path, sha256: str) -> bool:
+    try:
+        return ModelFolder.open(out, parts=["dvae", "prior"]).part_sha256("prior") == sha256
+    except UserError:
+        return False
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command."""
+    config = load(TrainConfig, argv, prog="tessera train-prior")
+    result = train(config)
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
+    print(f"prior in {config.out}: {result['steps']:,} steps, {result['seconds']:,.0f} s, {shown}")
+    return 0
+
+
+if __name__ == "__main__":
+    from tessera.errors import run_command
+
+    sys.exit(run_command(main, sys.argv[1:]))
