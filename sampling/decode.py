@@ -9,7 +9,7 @@ Legend: B images, R rows of one micro-batch, P distinct prompts in it, T text to
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from sampling import logits as logit_functions
 from sampling.random_stream import uniforms
 from tessera.errors import UserError
+from transformer.cache import KVCache
 from transformer.model import Prior
 
 DEFAULT_MAX_ROWS = 256  # rows of one forward; cache and logits grow with it, speed on a CPU no longer does
@@ -79,12 +80,6 @@ class Sampled(NamedTuple):
     """log p(codes | text) in nats, float64 [B]."""
     log_ratio: Tensor | None
     """log p(codes | text) - log p(codes) in nats, float64 [B]; None without guidance (the second term is unknown)."""
-
-
-class _Cache(Protocol):
-    """What the loop needs of the prior's cache."""
-
-    def expand(self, index: Tensor) -> "_Cache": ...
 
 
 @torch.inference_mode()
@@ -186,14 +181,15 @@ def _sample_rows(
     return Sampled(codes, conditional, conditional - unconditional)
 
 
-def _prefill(prior: Prior, text_ids: Tensor, *, guided: bool) -> tuple[_Cache, Tensor]:
+def _prefill(prior: Prior, text_ids: Tensor, *, guided: bool) -> tuple[KVCache, Tensor]:
     """Run each distinct prompt once and spread cache and logits over the R (guided: 2R) rows that share it."""
     prompts, row_prompt = torch.unique(text_ids, dim=0, return_inverse=True)  # [P, T], [R]
     if guided:
         null = prior.null_text_ids().to(text_ids.device)[None, :]  # [1, T]
         row_prompt = torch.cat([row_prompt, torch.full_like(row_prompt, prompts.shape[0])])
         prompts = torch.cat([prompts, null])
-    cache = prior.new_cache(prompts.shape[0])
+    # The dtype of what is written to it: of the first parameters, the embeddings, not of a head that may be in bf16.
+    cache = prior.new_cache(prompts.shape[0], dtype=next(prior.parameters()).dtype)
     logits = prior.prefill(prompts, cache)  # [P, K]
     return cache.expand(row_prompt), logits[row_prompt]
 

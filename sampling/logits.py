@@ -20,7 +20,7 @@ def check_temperature(value: float) -> None:
 
 def check_top_k(value: int) -> None:
     """Raise UserError unless `value` is an integer >= 0 (0 is off)."""
-    if value != int(value) or value < 0:
+    if not isinstance(value, int) or value < 0:
         raise UserError(f"top_k is {value}, expected an integer >= 0 (0 keeps all codes)")
 
 
@@ -135,7 +135,7 @@ def top_p(logits: Tensor, value: float) -> Tensor:
     ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)  # [B, K] both
     mass_before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered
     # A hair of slack: sums such as 0.4 + 0.3 miss 0.7 by rounding, and a code too many would be kept.
-    drop = (mass_before >= value - 1e-7).index_fill(-1, torch.zeros(1, dtype=torch.int64, device=logits.device), False)
+    drop = (mass_before >= value - 1e-6).index_fill(-1, torch.zeros(1, dtype=torch.int64, device=logits.device), False)
     return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -math.inf)
 
 

@@ -14,11 +14,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+import tessera
 from tessera.errors import UserError
 
 PrecisionName = Literal["bf16", "fp32"]
 
-_PACKAGES = ["tessera", "torch", "torchvision", "triton", "lightning", "sentencepiece", "omegaconf", "safetensors"]
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+_PACKAGES = ["torch", "torchvision", "triton", "lightning", "sentencepiece", "omegaconf", "safetensors"]
 _PACKAGES += ["numpy", "pillow"]
 
 
@@ -112,7 +115,7 @@ def describe_hardware() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python, CUDA (where torch has it) and the packages that results depend on."""
-    found = {"python": platform.python_version()}
+    found = {"tessera": tessera.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
@@ -131,9 +134,9 @@ def usable_cores() -> int:
 def usable_memory_bytes() -> int:
     """How much main memory this process may take: the machine's, or less inside a container with a limit."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * 2**30
-    for limit_file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    for limit_file in CGROUP_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # absent, or "max"
-            total = min(total, int(Path(limit_file).read_text()))
+            total = min(total, int(limit_file.read_text()))
     return total
 
 

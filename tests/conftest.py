@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-hypothesis.settings.register_profile("tests", derandomize=True, database=None, deadline=None, max_examples=100)
+hypothesis.settings.register_profile("tests", derandomize=True, database=None, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("tests")
 
 

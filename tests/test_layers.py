@@ -64,7 +64,11 @@ def test_inside_a_package_only_train_stands_above_lit(file: Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_lightning_stays_in_its_rooms(file: Path) -> None:
     place = file.relative_to(ROOT).as_posix()
-    if file.name in ("lit.py", "train.py") or place.startswith("tessera/training/") or place == "tessera/data/datamodule.py":
+    if (
+        file.name in ("lit.py", "train.py")
+        or place.startswith("tessera/training/")
+        or place == "tessera/data/datamodule.py"
+    ):
         return
     assert not {module.split(".")[0] for module in imported_modules(file)} & {"lightning", "pytorch_lightning"}
 
@@ -99,7 +103,9 @@ print(sorted({"torch", "numpy", "lightning", "omegaconf"} & set(sys.modules)))
 def test_every_command_has_its_main_function(name: str) -> None:
     module, function = COMMANDS[name].target.split(":")
     file = ROOT.joinpath(*module.split(".")).with_suffix(".py")
-    definitions = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
+    definitions = [
+        node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)
+    ]
     assert function in [definition.name for definition in definitions]
 
 

@@ -65,18 +65,18 @@ def read_caption_file(path: str | os.PathLike[str]) -> CaptionFile:
     content = read_file(path, first_bytes=MAX_FILE_BYTES + 1)
     notes = []
     if len(content) > MAX_FILE_BYTES:
-        # Behind a word if there is one, so that no character is torn.
-        end = max(content.rfind(b"\n", 0, MAX_FILE_BYTES), content.rfind(b" ", 0, MAX_FILE_BYTES))
-        content = content[: end if end > 0 else MAX_FILE_BYTES]
+        # Behind a line, or at least a word, so that no character is torn.
+        ends = (content.rfind(separator, 0, MAX_FILE_BYTES) for separator in (b"\n", b" "))
+        content = content[: next((end for end in ends if end > 0), MAX_FILE_BYTES)]
         notes.append(NOTE_LONG_FILE)
     text, decoding_notes = decode_text(content)
     notes += decoding_notes
-    captions = []
+    captions: dict[str, None] = {}  # a set that keeps its order
     for line in text.splitlines():
         cleaned = clean_and_note(line)
         notes += cleaned.notes
-        if cleaned.text and cleaned.text not in captions:
-            captions.append(cleaned.text)
+        if cleaned.text:
+            captions[cleaned.text] = None
     return CaptionFile(tuple(captions) or ("",), tuple(notes))
 
 

@@ -239,6 +239,6 @@ def _batches(corpus: Corpus, on_progress: Progress | None) -> Iterator[tuple[sli
 def _map_images(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
     try:
         images = np.load(path, mmap_mode="r")
-    except (OSError, ValueError):  # missing, or damaged
+    except (OSError, ValueError, EOFError):  # missing, or damaged
         return None
     return images if images.shape == shape and images.dtype == np.uint8 else None

@@ -30,6 +30,7 @@ INSTALL_HINT = (
     "install fonts-noto-color-emoji (Debian, Ubuntu), google-noto-emoji-color-fonts (Fedora), noto-fonts-emoji (Arch) "
     "or set data.font=PATH"
 )
+RAQM_HINT = "Pillow needs FriBiDi to join the signs of an emoji; install libfribidi0 (Debian, Ubuntu) or fribidi"
 # The share of activities that lose one skin tone to the validation split: a tenth of the (activity, tone) pairs.
 HELD_OUT_ACTIVITIES = 0.5
 # What is left white around a drawing, as a share of the picture's side.
@@ -111,12 +112,11 @@ class EmojiCorpus:
         self.split = split
         self.font = find_font(font)
         self._painter = _Painter(self.font, image_size)
-        drawable = [entry for entry in list_emoji() if self._painter.can_draw(entry.sequence)]
+        drawable = _drawable_emoji(self.font, os.stat(self.font).st_mtime_ns)
         self.num_unsupported = len(list_emoji()) - len(drawable)
         if not features.check("raqm"):
             _logger.warning(
-                "Pillow finds no Raqm text layout, so %d emoji made of several signs are left out: install libfribidi0",
-                self.num_unsupported,
+                "%d emoji, most of them of several signs, cannot be drawn: %s", self.num_unsupported, RAQM_HINT
             )
         self.held_out = tuple(entry.captions[0] for entry in drawable if entry.is_held_out)
         entries = [entry for entry in drawable if entry.is_held_out == (split == "validation")]
@@ -125,7 +125,8 @@ class EmojiCorpus:
             entries = [entry for entry in entries if entry in chosen]
         self.entries = tuple(entries)
         if not self.entries:
-            raise UserError(f"{self.font} draws no emoji of the {split} split; {INSTALL_HINT}")
+            hint = INSTALL_HINT if features.check("raqm") else RAQM_HINT
+            raise UserError(f"{self.font} draws no emoji of the {split} split: {hint}")
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -190,6 +191,13 @@ def find_font(path: str | None = None) -> str:
     raise UserError(f"no color emoji font found: {INSTALL_HINT}")
 
 
+@cache
+def _drawable_emoji(font: str, _modified: int) -> tuple[Emoji, ...]:
+    """Those that a font has; it takes a second, and each split and size asks again."""
+    painter = _Painter(font, (64, 64))
+    return tuple(entry for entry in list_emoji() if painter.can_draw(entry.sequence))
+
+
 class _Painter:
     """Draws emoji sequences with one font at one picture size."""
 
@@ -204,7 +212,8 @@ class _Painter:
         scale = side / min(width, height)
         self._canvas_size = (round(width * scale), round(height * scale))
         self._offset = ((self._canvas_size[0] - right - left) / 2, (self._canvas_size[1] - bottom - top) / 2)
-        self._advance = self._font.getlength(_SMILE)
+        self._lengths: dict[str, float] = {}
+        self._advance = self._length(_SMILE)
         self._missing_box = self._font.getbbox(_NONCHARACTER)
         self._missing = self._paint(_NONCHARACTER).tobytes()
 
@@ -214,18 +223,23 @@ class _Painter:
 
     def can_draw(self, sequence: str) -> bool:
         """Whether the font has one picture for the whole sequence, rather than one for each part or none."""
-        length = self._font.getlength(self._text(sequence))
+        length = self._length(self._text(sequence))
         if length > 1.2 * self._advance:
             return False
-        parts = [self._font.getlength(part) for part in sequence if part not in (_JOINER, _PICTURE_STYLE)]
-        if sum(part > 0 for part in parts) > 1 and length > sum(parts) - 1:
-            return False
-        if len(parts) > 1 and sum(part > 0 for part in parts) == 1:
+        parts = [self._length(part) for part in sequence if part not in (_JOINER, _PICTURE_STYLE)]
+        if sum(part > 0 for part in parts) > 1:
+            return length < sum(parts) - 1
+        if len(parts) > 1:
             # Signs without a width, as in the flag of Wales: a font that does not know them shows the first one alone.
             return self._paint(sequence).tobytes() not in (self._missing, self._paint(sequence[0]).tobytes())
-        if self._font.getbbox(self._text(sequence)) != self._missing_box:
-            return True
-        return self._paint(sequence).tobytes() != self._missing
+        # Boxes are quicker to get than pictures, and differ for nearly all.
+        box = self._font.getbbox(self._text(sequence))
+        return box != self._missing_box or self._paint(sequence).tobytes() != self._missing
+
+    def _length(self, text: str) -> float:
+        if text not in self._lengths:
+            self._lengths[text] = self._font.getlength(text)
+        return self._lengths[text]
 
     def _text(self, sequence: str) -> str:
         # Without Raqm the style selector would be drawn as a sign of its own.

@@ -11,7 +11,7 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +79,9 @@ def open_image(
         if enough_for is not None:
             enough = 2 * max(enough_for)  # the larger side for both: the picture may still turn by 90 degrees
             image.draft(None, (enough, enough))
-        image.load()
+        # A TIFF is read tag by tag while it is decoded, and its tags are what Pillow warns about most.
+        with _warnings_silenced() if image.format == "TIFF" else nullcontext():
+            image.load()
         # After load(): PNG may carry EXIF behind the pixels, and Pillow turns TIFF upright itself.
         orientation = _orientation(image)
         image = _to_rgb(image)
@@ -192,7 +194,7 @@ def _warnings_silenced() -> Iterator[None]:
     """Pillow warns about pixels, EXIF and TIFF tags; limits of our own decide here.
 
     Python's warning filters belong to the whole process: the lock keeps two threads from restoring them in the wrong
-    order. Only headers are read inside, so that threads still decode side by side.
+    order. Little more than headers is read inside, so that threads still decode side by side.
     """
     with _quiet_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -395,6 +395,9 @@ def _view(generator: np.random.Generator, origin: SceneSpec, scene: Scene) -> Sc
     )
 
 
+_QUARTERS = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+
+
 def _clear_relation(dx: float, dy: float) -> str | None:
     """The relation that an offset shows beyond doubt, if any."""
     for relation in RELATIONS:
@@ -413,13 +416,16 @@ def _place(
     """Draws radii and places until nothing touches and the relation is clear."""
     count = len(content)
     ranges = np.array([RADIUS_RANGES[full.size or "small"] for full in content])  # [N, 2]
-    # Layouts are drawn by the batch, about as many as it takes to find one: four large objects fit once in a thousand.
-    tries = (1, 64, 64, 512)[min(count, 4) - 1]
+    # Layouts are drawn by the batch and the first that fits is taken. The second half of a batch puts every object into
+    # a quarter of its own: three or four large ones would hardly ever fit by chance.
+    tries = (1, 64, 128, 256)[min(count, 4) - 1]
     apart = ~np.eye(count, dtype=bool)
     for _ in range(100):
         radii = ranges[:, 0] + generator.random(count) * (ranges[:, 1] - ranges[:, 0])  # [N]
         inset = radii + CLEARANCE
         u = generator.random((tries, count, 2))
+        if 2 < count <= 4:
+            u[tries // 2 :] = (u[tries // 2 :] + _QUARTERS[generator.permutation(4)[:count]]) / 2
         x = inset + u[..., 0] * (extent[1] - 2 * inset)  # [tries, N]
         y = inset + u[..., 1] * (extent[0] - 2 * inset)
         fits = np.ones(tries, bool)

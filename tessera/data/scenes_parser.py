@@ -46,8 +46,10 @@ _RADIUS_LIMITS = (0.06, 0.26)
 # Templates are drawn with these multiples of the radius that the area suggests, and with edges this many pixels wide.
 _RADIUS_FACTORS = (0.95, 1.0, 1.05)
 _SOFTNESSES = (1.0, 2.2)
-# The share of a component's energy that the best template must explain.
-_LEAST_CONFIDENCE = 0.90
+# The share of a component's energy that the best template must explain, and its least lead over the next shape. A round
+# or square template explains much of any blob, so those two must fit more closely.
+_LEAST_CONFIDENCE = {"circle": 0.93, "square": 0.93, "triangle": 0.86, "star": 0.86, "cross": 0.86, "ring": 0.86}
+_LEAST_LEAD = 0.005
 # Farthest in OKLab that an object's or background's color may be from the palette's.
 _COLOR_TOLERANCE = 0.16
 
@@ -103,10 +105,11 @@ def parse(image: NDArray[np.uint8]) -> ParsedScene:
     difference = pixels - ground
     labels, count = _components(_alpha(difference, ground) > _COVERED)
     areas = np.bincount(labels.ravel(), minlength=count + 1)
+    large_enough = areas >= max(2.0, _SPECK_AREA * side * side)
+    # Specks become background again: often they are the tips of a star's rays, and part of what is explained below.
+    labels = np.where(large_enough[labels], labels, 0)
     objects = [
-        _explain_component(labels, label, difference, ground)
-        for label in range(1, count + 1)
-        if areas[label] >= max(2.0, _SPECK_AREA * side * side)
+        _explain_component(labels, label, difference, ground) for label in range(1, count + 1) if large_enough[label]
     ]
     return ParsedScene(tuple(sorted(objects, key=lambda found: found.x)), background)
 
@@ -193,9 +196,10 @@ def _working_pixels(image: NDArray[np.uint8]) -> NDArray[np.float64]:
     height, width = image.shape[:2]
     image_extent((height, width))
     side = min(height, width)
-    if side > _WORKING_SIDE:
+    if side != _WORKING_SIDE:
         size = (round(width * _WORKING_SIDE / side), round(height * _WORKING_SIDE / side))
-        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+        filter_ = Image.Resampling.BOX if side > _WORKING_SIDE else Image.Resampling.BICUBIC
+        image = np.asarray(Image.fromarray(image).resize(size, filter_))
     return image / 255.0
 
 
@@ -260,12 +264,13 @@ def _explain_component(
     y0, y1 = max(0, rows.min() - reach), min(labels.shape[0], rows.max() + reach + 1)
     x0, x1 = max(0, columns.min() - reach), min(labels.shape[1], columns.max() + reach + 1)
     crop = labels[y0:y1, x0:x1]
-    near = _dilate(crop == label, reach) & ~_dilate((crop != label) & (crop != 0), 1)
+    own = crop == label
+    near = own | (_dilate(own, reach) & ~_dilate((crop != 0) & ~own, 1))
     energy = np.where(near[..., None], difference[y0:y1, x0:x1], 0)  # [h, w, 3]
     # The component's own color, seen from the background, measured where it is strongest: inside, off the soft edges.
     strength = (energy * energy).sum(-1)
-    core = strength >= 0.7 * np.quantile(strength[crop == label], 0.9)
-    direction = energy[core & (crop == label)].mean(0)
+    core = strength >= 0.7 * np.quantile(strength[own], 0.9)
+    direction = energy[core & own].mean(0)
     alpha = np.clip(energy @ direction / (direction @ direction), 0, 1.2)  # [h, w]
     area = alpha.sum()
     y = np.arange(y0, y1)[:, None] + 0.5
@@ -276,10 +281,14 @@ def _explain_component(
     projected = templates @ energy.reshape(-1, 3)  # [T, 3]
     explained = (projected * projected).sum(1) / (weights * strength.sum())
     best = int(explained.argmax())
-    shape, confidence, radius = SHAPES[best * len(SHAPES) // len(radii)], float(explained[best]), float(radii[best])
+    confidence, radius = float(explained[best]), float(radii[best])
+    by_shape = explained.reshape(len(SHAPES), -1).max(1)
+    shape = SHAPES[int(by_shape.argmax())]
+    lead = confidence - float(np.partition(by_shape, -2)[-2])
     offset = projected[best] / weights[best]
     radius /= side
-    if confidence < _LEAST_CONFIDENCE or not _RADIUS_LIMITS[0] <= radius <= _RADIUS_LIMITS[1]:
+    known_radius = _RADIUS_LIMITS[0] <= radius <= _RADIUS_LIMITS[1]
+    if confidence < _LEAST_CONFIDENCE[shape] or lead < _LEAST_LEAD or not known_radius:
         shape = UNKNOWN
     return ParsedObject(
         shape,

@@ -56,13 +56,13 @@ SEEN_PAIRS = tuple(
 )
 """The other 40 of the 48 (shape, color) pairs."""
 
-RADIUS_RANGES = MappingProxyType({"small": (0.108, 0.120), "large": (0.155, 0.170)})
+RADIUS_RANGES = MappingProxyType({"small": (0.120, 0.130), "large": (0.165, 0.178)})
 """Size -> lowest and highest radius of the circle around an object, in fractions of the shorter side."""
 
-SIZE_THRESHOLD = 0.1365
+SIZE_THRESHOLD = 0.1465
 """A radius below is small, from here on large: the middle of the gap between the two ranges, as a ratio."""
 
-CLEARANCE = 0.045
+CLEARANCE = 0.04
 """Least distance between the circles around two objects, and between such a circle and the border."""
 
 MAX_COUNT = 4

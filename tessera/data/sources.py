@@ -219,9 +219,9 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield reader.line_num, f"metadata row is not CSV: {error}"
+            yield reader.reader.line_num, f"metadata row is not CSV: {error}"
             continue
-        yield reader.line_num, row
+        yield reader.reader.line_num, row
 
 
 def _first(row: Mapping[str, Any], columns: tuple[str, ...]) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import lightning.pytorch as pl
-import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -17,6 +17,7 @@ from tessera.errors import UserError
 from tessera.precision import resolve_device, resolve_precision
 from tessera.training.callbacks import ProgressClock, ProgressLine, RandomState, Saver
 from tessera.training.checkpoint import AtomicCheckpointIO, checkpoint_step, newest_readable
+from tessera.training.metrics import METRICS_DIR, metrics_version
 from tessera.training.optim import OptimizerConfig
 
 
@@ -45,7 +46,7 @@ class TrainerConfig:
     num_workers: int = 0
     """data loading processes"""
     log_every_steps: int = 10
-    """steps between two rows of metrics.csv"""
+    """steps between two rows of the metrics"""
     validate_every_steps: int = 200
     """steps between two passes over the validation batches"""
     checkpoint_every_seconds: float = 60.0
@@ -93,7 +94,7 @@ def run_training(
         name: shown in the progress line.
         config: how long and on what.
         optim: schedule and weight averaging.
-        run_dir: receives metrics.csv, TensorBoard events and checkpoints/.
+        run_dir: receives metrics/, TensorBoard events and checkpoints/.
         validation: a sized collection of batches, or None.
         callbacks: more callbacks.
 
@@ -127,10 +128,15 @@ def run_training(
             max_epochs=-1,
             gradient_clip_val=optim.clip_norm,
             logger=[
-                CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=5 * config.log_every_steps),
+                CSVLogger(
+                    run_dir,
+                    name=METRICS_DIR,
+                    version=metrics_version(start_step),
+                    flush_logs_every_n_steps=5 * config.log_every_steps,
+                ),
                 TensorBoardLogger(run_dir, name="", version="tensorboard"),
             ],
-            callbacks=[clock, RandomState(), saver, *averaging, *callbacks, ProgressLine(name, clock, batch_size=config.batch_size)],
+            callbacks=[clock, *averaging, RandomState(), saver, *callbacks, ProgressLine(name, clock, batch_size=config.batch_size)],
             plugins=[AtomicCheckpointIO()],
             log_every_n_steps=config.log_every_steps,
             val_check_interval=config.validate_every_steps if validation is not None else None,
@@ -167,16 +173,13 @@ def _averaging(optim: OptimizerConfig, max_steps: int) -> list[Callback]:
 
 def _silence_lightning() -> None:
     """Lightning's banners and its hints about choices that are made on purpose here."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)
     for message in (
-        ".*does not have many workers.*",
-        ".*GPU available but not used.*",
-        ".*Checkpoint directory.*exists and is not empty.*",
-        ".*Experiment logs directory.*exists.*",
-        ".*isn't supported for.*resume.*",
-        ".*is not a resumable.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*mid-epoch.*",
+        ".*Experiment logs directory.*",
+        ".*The `srun` command is available.*",
     ):
         warnings.filterwarnings("ignore", message=message)

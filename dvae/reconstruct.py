@@ -1,0 +1,124 @@
+"""What the dVAE keeps of an image: `tessera reconstruct MODEL IMAGE ...`.
+
+Writes for every image one sheet: original, reconstruction, absolute difference and the grid of codes in false colors.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from dvae.lit import to_float
+from dvae.losses import psnr, ssim
+from dvae.model import DiscreteVAE, load
+from tessera.data.images import ImageError, fit_to, open_image, save_png
+from tessera.data.order import mix
+from tessera.errors import UserError
+from tessera.model_folder import ModelFolder, short_sha256
+from tessera.precision import autocast, resolve_device, resolve_precision
+
+# H W image pixels, h w code grid.
+
+_GAP = 4  # pixels between the panels
+
+
+def code_map(codes: NDArray[np.int64], height: int, width: int) -> NDArray[np.uint8]:
+    """Codes int64 [h, w] as a picture uint8 [H, W, 3]: every code a color of its own, equal codes equal colors."""
+    hashed = mix(codes, 0)
+    colors = np.stack([(hashed >> np.uint64(shift)) & np.uint64(0xFF) for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
+    return np.asarray(Image.fromarray(colors).resize((width, height), Image.Resampling.NEAREST))
+
+
+def sheet(
+    original: NDArray[np.uint8], reconstruction: NDArray[np.uint8], codes: NDArray[np.int64], *, scale: int = 1
+) -> NDArray[np.uint8]:
+    """Four panels side by side, uint8 [scale * H, ..., 3]: original, reconstruction, difference, codes."""
+    height, width = original.shape[:2]
+    difference = np.abs(original.astype(np.int16) - reconstruction.astype(np.int16)).astype(np.uint8)
+    panels = [original, reconstruction, difference, code_map(codes, height, width)]
+    gap = np.full((height * scale, _GAP, 3), 255, np.uint8)
+    row: list[NDArray[np.uint8]] = []
+    for panel in panels:
+        row += [panel.repeat(scale, axis=0).repeat(scale, axis=1), gap]
+    return np.concatenate(row[:-1], axis=1)
+
+
+def reconstruct(vae: DiscreteVAE, images: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Reconstructions uint8 [B, H, W, 3] and codes int64 [B, h, w] of images uint8 [B, H, W, 3]."""
+    device = next(vae.parameters()).device
+    with torch.no_grad(), autocast(resolve_precision("auto", device), device):
+        codes = vae.encode(to_float(torch.from_numpy(images)).to(device))
+        pixels = vae.decode(codes)
+    return (pixels * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy(), codes.cpu().numpy()
+
+
+def nearest_size(image: Image.Image, *, downsampling: int, longest: int | None) -> tuple[int, int]:
+    """(height, width) closest to the image's own that the dVAE can take, with sides of at most `longest` pixels."""
+    scale = min(1.0, longest / max(image.size)) if longest else 1.0
+    width, height = (max(downsampling, downsampling * round(side * scale / downsampling)) for side in image.size)
+    return height, width
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tessera reconstruct",
+        description="Shows what the dVAE keeps of images: original, reconstruction, difference and codes on one sheet.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", help="model folder")
+    parser.add_argument("images", nargs="+", help="image files")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the sheets")
+    parser.add_argument(
+        "--longest",
+        type=int,
+        help="shrink images to at most this many pixels on the longer side (default: the size the model was trained at)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--json", action="store_true", help="one line of JSON per image on stdout")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command."""
+    arguments = _parser().parse_args(argv)
+    folder = ModelFolder.open(arguments.model, parts=["dvae"])
+    vae = load(folder, device=resolve_device(arguments.device))
+    longest = arguments.longest or max(folder.metadata("dvae").get("image_size", [256]))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    written = 0
+    for name in arguments.images:
+        try:
+            image = open_image(name)
+        except (ImageError, OSError) as error:
+            print(f"tessera: {name}: {error}; passed over", file=sys.stderr)
+            continue
+        size = nearest_size(image, downsampling=vae.downsampling, longest=longest)
+        original = fit_to(image, size)
+        (reconstruction,), (codes,) = reconstruct(vae, original[None])
+        first, second = (to_float(torch.from_numpy(pixels[None])) for pixels in (original, reconstruction))
+        figures = {"psnr": round(float(psnr(second, first)), 2), "distinct_codes": len(np.unique(codes))}
+        if min(size) > 10:  # SSIM's window needs 11 pixels
+            figures["ssim"] = round(float(ssim(second, first)), 4)
+        path = arguments.out / f"{Path(name).stem}-reconstruction.png"
+        made_with = {"model": short_sha256(folder.part_sha256("dvae")), "image": Path(name).name, **figures}
+        save_png(path, sheet(original, reconstruction, codes, scale=max(1, 256 // max(size))), {"tessera": json.dumps(made_with)})
+        written += 1
+        if arguments.json:
+            print(json.dumps({"path": str(path), **made_with}))
+        else:
+            print(f"{path}: {size[0]}x{size[1]} px, {codes.size} codes ({figures['distinct_codes']} distinct), {figures['psnr']} dB")
+    if written == 0:
+        raise UserError("none of the images could be read: expected PNG, JPEG, WebP, BMP, GIF or TIFF files")
+    return 0
+
+
+if __name__ == "__main__":
+    from tessera.errors import run_command
+
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,0 +1,284 @@
+"""`tessera evaluate MODEL PATH`: what a model is worth on captioned images, in figures.
+
+On any corpus: how well the dVAE reconstructs, what the prior predicts and how much of that it owes to the captions,
+how often the scorer finds the caption that belongs to an image. On `scenes`, also how often pictures show what their
+prompt says, as a parser reads them.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dvae.lit import to_float
+from dvae.train import measure
+from recipes.accuracy import (
+    TUNING_SEED,
+    Judged,
+    best,
+    interleaved_prompts,
+    judge_prompts,
+    judge_reconstructions,
+    oracle,
+    reconstruct,
+    single,
+    tally,
+)
+from sampling.arguments import OneLineParser, add_hardware_arguments
+from sampling.pipeline import Pipeline
+from tessera.atomic_write import atomic_write
+from tessera.data.config import DataConfig
+from tessera.data.corpus import Corpus
+from tessera.data.shards import batches
+from tessera.errors import UserError, run_command
+from tessera.model_folder import short_sha256
+from tessera.precision import autocast, describe_hardware, versions
+from transformer.lit import prior_loss
+
+# N images, T text positions, I image positions.
+
+_MEASURED_IMAGES = 1_000
+_PRIOR_IMAGES = 256
+_RETRIEVED = 64
+_SHOWN_RECONSTRUCTIONS = 8
+
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+class Evaluation(NamedTuple):
+    """Figures, and the pictures behind them."""
+
+    figures: dict[str, Any]
+    """Plain values, as `--json` writes them."""
+    judged: list[Judged]
+    """Prompts of the scenes benchmark with their candidates; empty for other corpora."""
+    originals: NDArray[np.uint8]
+    """Some validation images, uint8 [n, H, W, 3]."""
+    reconstructions: NDArray[np.uint8]
+    """The same after encoding and decoding."""
+    codes: NDArray[np.int64]
+    """Their codes, int64 [n, h, w]."""
+
+
+def evaluate(
+    model: Path,
+    data: DataConfig,
+    *,
+    prompts: int = 300,
+    best_of: int = 16,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    deadline: float | None = None,
+    phase: Phase = lambda name: nullcontext(),
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measures a model folder on a corpus.
+
+    Args:
+        model: the folder.
+        data: the corpus; its image size is replaced by the model's.
+        prompts: scenes: prompts of each split, seen and unseen pairs.
+        best_of: scenes: candidates per prompt.
+        seed: of prompts, renders and drawing; 31337 is refused, settings are tuned on its prompts.
+        device: where to compute.
+        precision: auto, bf16 or fp32.
+        deadline: `time.monotonic()` after which no more prompts are begun.
+        phase: entered around each kind of work, with its name.
+        on_progress: called with (prompts judged, prompts in all).
+
+    Raises:
+        UserError: if the folder or the corpus cannot be used, or for the seed of the tuning prompts.
+    """
+    if seed == TUNING_SEED:
+        raise UserError(f"--seed {TUNING_SEED} draws the prompts that sampling settings are tuned on: take another")
+    pipeline = Pipeline.load(model, device=device, precision=precision)
+    layout, side = pipeline.prior.layout, pipeline.vae.downsampling
+    image_size = (layout.grid_height * side, layout.grid_width * side)
+    corpus = DataConfig(**{**asdict(data), "image_size": image_size}).open("validation")
+    count = min(len(corpus), _MEASURED_IMAGES)
+    images = np.stack([corpus.image(index) for index in range(count)])
+    figures: dict[str, Any] = {"model_sha256": pipeline.model_sha256, "corpus": corpus.name, "images": count}
+
+    with phase("dvae"):
+        figures["dvae"] = measure(pipeline.vae, images, precision=precision)
+        originals = images[:_SHOWN_RECONSTRUCTIONS]
+        remade = reconstruct(pipeline.vae, originals, precision=pipeline.precision)
+        codes = _encode(pipeline, originals)
+    with phase("prior"):
+        figures["prior"] = measure_prior(pipeline, corpus, images[:_PRIOR_IMAGES])
+    if pipeline.scorer is not None:
+        with phase("scorer"):
+            figures["scorer"] = measure_scorer(pipeline, corpus, images[:_RETRIEVED])
+    judged: list[Judged] = []
+    if corpus.name == "scenes":
+        with phase("reconstructions"):
+            # another seed than the prompts': these are pictures, those are sentences about pictures never drawn
+            accuracy: dict[str, Any] = judge_reconstructions(
+                pipeline.vae, seed=seed + 1, image_size=image_size, precision=pipeline.precision
+            )
+        with phase("sampling"):
+            judged = judge_prompts(
+                pipeline,
+                interleaved_prompts(prompts, seed=seed),
+                candidates=best_of,
+                seed=seed,
+                deadline=deadline,
+                on_progress=on_progress,
+            )
+        figures["accuracy"] = {**accuracy, **accuracy_tables(judged, best_of)}
+    figures["sampling"] = asdict(pipeline.settings)
+    figures["hardware"] = describe_hardware()
+    figures["versions"] = versions()
+    return Evaluation(figures, judged, originals, remade, codes)
+
+
+def accuracy_tables(judged: Sequence[Judged], best_of: int) -> dict[str, Any]:
+    """The accuracy section's tables: single, best_of_N, oracle_of_N by split and class, and the number of prompts."""
+    counts = {pairs: sum(result.pairs == pairs for result in judged) for pairs in ("seen", "unseen")}
+    return {
+        "single": tally(judged, single),
+        f"best_of_{best_of}": tally(judged, best),
+        f"oracle_of_{best_of}": tally(judged, oracle),
+        "prompts": counts,
+        "scorer": judged[0].images[0].scorer if judged else None,
+    }
+
+
+@torch.inference_mode()
+def measure_prior(pipeline: Pipeline, corpus: Corpus, images: NDArray[np.uint8]) -> dict[str, float]:
+    """Validation losses in nats per token, and the caption gap: the image loss under a neighbor's caption minus that
+    under one's own, which is zero for a prior that does not read."""
+    captions = [corpus.captions(index)[0] for index in range(len(images))]
+    text_ids = pipeline.text_ids(captions)  # [N, T]
+    codes = torch.from_numpy(_encode(pipeline, images)).flatten(1)  # [N, I]
+    others = text_ids.roll(1, dims=0)
+    totals = np.zeros(3)
+    for span in batches(len(images), 32):
+        rows = slice(span.start, span.stop)
+        texts, part = text_ids[rows].to(pipeline.device), codes[rows].to(pipeline.device)
+        vocab_size = pipeline.prior.layout.text_vocab_size
+        own = prior_loss(pipeline.prior(texts, part), texts, part, text_vocab_size=vocab_size)
+        texts = others[rows].to(pipeline.device)
+        other = prior_loss(pipeline.prior(texts, part), texts, part, text_vocab_size=vocab_size)
+        totals += np.array([float(own.text), float(own.image), float(other.image)]) * len(span)
+    text, image, shuffled = (totals / len(images)).tolist()
+    return {"text_loss": round(text, 4), "image_loss": round(image, 4), "caption_gap": round(shuffled - image, 4)}
+
+
+def measure_scorer(pipeline: Pipeline, corpus: Corpus, images: NDArray[np.uint8]) -> dict[str, float]:
+    """How often, among the captions of so many images, the scorer gives an image's own caption its best score.
+
+    Images whose captions are the same text count as found when either is.
+    """
+    captions = [corpus.captions(index)[0] for index in range(len(images))]
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()  # [N, 3, H, W]
+    scores = torch.stack([pipeline.score(pixels, caption) for caption in captions], dim=1)  # [N images, N captions]
+    chosen = scores.argmax(dim=1).tolist()
+    found = sum(captions[place] == captions[index] for index, place in enumerate(chosen))
+    return {"recall_at_1": round(found / len(images), 4), "among": len(images)}
+
+
+def _encode(pipeline: Pipeline, images: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Codes int64 [N, h, w] of images uint8 [N, H, W, 3]."""
+    parts = []
+    for span in batches(len(images), 64):
+        with torch.inference_mode(), autocast(pipeline.precision, pipeline.device):
+            original = to_float(torch.from_numpy(np.ascontiguousarray(images[span.start : span.stop])))
+            parts.append(pipeline.vae.encode(original.to(pipeline.device)).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def summary_lines(figures: dict[str, Any]) -> list[str]:
+    """A few lines for people."""
+    vae = figures["dvae"]
+    lines = [
+        f"dvae    psnr {vae['psnr']:.2f} dB, ssim {vae['ssim']:.3f}, codebook usage {vae['codebook_usage']:.1%}, "
+        f"perplexity {vae['perplexity']:,.0f}"
+    ]
+    if "prior" in figures:
+        prior = figures["prior"]
+        lines.append(
+            f"prior   {prior['image_loss']:.3f} nats per image token, {prior['text_loss']:.3f} per text token, "
+            f"caption gap {prior['caption_gap']:.3f}"
+        )
+    if "scorer" in figures:
+        lines.append(f"scorer  recall@1 {figures['scorer']['recall_at_1']:.1%} among {figures['scorer']['among']}")
+    if "accuracy" in figures:
+        lines += ["", *accuracy_lines(figures["accuracy"])]
+    return lines
+
+
+def accuracy_lines(accuracy: dict[str, Any]) -> list[str]:
+    """The accuracy section as an aligned table, classes as columns."""
+    kinds = [name for name in accuracy if name == "single" or name.startswith("best_of_")]
+    columns = list(dict.fromkeys(column for kind in kinds for row in accuracy[kind].values() for column in row))
+    lines = [f"parser: renders {accuracy['renders']:.1%}, reconstructions {accuracy['reconstructions']:.1%}"]
+    lines.append(f"{'':<20}" + "".join(f"{column:>10}" for column in columns))
+    for kind in kinds:
+        for pairs, row in accuracy[kind].items():
+            cells = "".join(f"{row[column]:>10.1%}" if column in row else f"{'':>10}" for column in columns)
+            lines.append(f"{kind.replace('_', ' ') + ', ' + pairs:<20}{cells}")
+    return lines
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command."""
+    arguments = _parser().parse_intermixed_args(list(argv))
+    if arguments.prompts < 1 or arguments.best_of < 1:
+        raise UserError(f"--prompts and --best-of must be at least 1; got {arguments.prompts} and {arguments.best_of}")
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise UserError(f"--json {arguments.json}: its folder does not exist")
+    deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+    data = DataConfig(path=arguments.path, seed=arguments.seed, font=arguments.font)
+    result = evaluate(
+        Path(arguments.model),
+        data,
+        prompts=arguments.prompts,
+        best_of=arguments.best_of,
+        seed=arguments.seed,
+        device=arguments.device,
+        precision=arguments.precision,
+        deadline=deadline,
+        on_progress=lambda done, total: print(f"prompts {done}/{total}", file=sys.stderr, flush=True),
+    )
+    print(f"{arguments.model} ({short_sha256(result.figures['model_sha256'])}) on {result.figures['images']:,} images")
+    print("\n".join(summary_lines(result.figures)))
+    if arguments.json is not None:
+        with atomic_write(arguments.json) as temporary:
+            temporary.write_text(json.dumps(result.figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(prog="tessera evaluate", description="Measure a model on captioned images.")
+    parser.add_argument("model", metavar="MODEL", help="a model folder, as `tessera fit` writes it")
+    parser.add_argument(
+        "path", metavar="PATH", help="scenes, emoji, a folder of captioned images or a manifest: its validation split"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as one JSON object")
+    parser.add_argument(
+        "--prompts", type=int, default=300, metavar="N", help="scenes: prompts of each split, seen and unseen (default: 300)"
+    )
+    parser.add_argument(
+        "--best-of", type=int, default=16, metavar="N", help="scenes: candidates per prompt (default: 16)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="scenes: begin no more prompts after so many minutes (default: no limit)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and drawing, from 0 (default: 0)")
+    parser.add_argument("--font", metavar="FILE", help="emoji: color font; searched for by default")
+    add_hardware_arguments(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main, sys.argv[1:]))

@@ -1,0 +1,393 @@
+"""How minutes become models: from data, hardware and measured speed to sizes, batches, steps and shares of the budget.
+
+Everything here is a pure function; what has to be measured is measured in `recipes.speed`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+from dvae.encode import EncodeConfig
+from dvae.model import DiscreteVAEConfig
+from dvae.train import TrainConfig as DVAETrainConfig
+from scorer.train import TrainConfig as ScorerTrainConfig
+from tessera.data.config import DataConfig
+from tessera.errors import UserError
+from tessera.training.optim import OptimizerConfig
+from tessera.training.run import TrainerConfig
+from transformer.masks import MaskKind
+from transformer.model import PriorConfig, SequenceLayout
+from transformer.train import TrainConfig as PriorTrainConfig
+
+STAGES = ("dvae", "encode", "prior", "scorer", "tuning")
+
+# Shares of the training budget. What is left over is slack for what no stage accounts for: imports, saving, the card.
+_SHARES = {"dvae": 0.24, "encode": 0.05, "prior": 0.52, "scorer": 0.10, "tuning": 0.06}
+
+# Beyond so many passes a model only learns its images by heart; a few images still need some steps to be learned at all.
+_MOST_EPOCHS = 400
+_LEAST_STEPS = 300
+# Steps end the schedule, seconds interrupt it: aiming higher than measured lets the clock decide on a machine that
+# speeds up, and costs nothing on one that slows down.
+_STEP_HEADROOM = 1.15
+# Measured products are the best case; GPUs spend much of a small model's step on everything else.
+_UTILIZATION = {"cpu": 1.0, "cuda": 0.3}
+_MOST_CODES = {"cpu": 256, "cuda": 1024}
+_WORDS_TO_TOKENS = 1.6
+_GIB = 2**30
+_PROCESS_GIB = 1.2  # Python with torch and lightning
+
+
+class DVAERow(NamedTuple):
+    """One size of the dVAE and what it takes to be worth it."""
+
+    widths: tuple[int, ...]
+    blocks: tuple[int, ...]
+    batch_size: int
+    learning_rate: float
+    least_steps: int
+    least_images: int
+
+
+class PriorRow(NamedTuple):
+    """One size of the prior and what it takes to be worth it."""
+
+    dim: int
+    depth: int
+    heads: int
+    attention: tuple[MaskKind, ...]
+    batch_size: int
+    learning_rate: float
+    least_steps: int
+    least_images: int
+
+
+# Smallest first; the largest row that the budget can train for `least_steps` is taken, the first one whatever happens.
+DVAE_ROWS = (
+    DVAERow((48, 96), (1, 2), 32, 3e-3, 0, 0),
+    DVAERow((64, 160), (1, 3), 32, 3e-3, 300, 0),
+    DVAERow((96, 192), (2, 3), 64, 2e-3, 4_000, 2_000),
+    DVAERow((128, 384), (2, 4), 128, 1e-3, 10_000, 50_000),
+)
+_ROWS_THEN_FULL: tuple[MaskKind, ...] = ("row", "column", "row", "full")
+PRIOR_ROWS = (
+    PriorRow(128, 4, 4, _ROWS_THEN_FULL, 64, 3e-3, 0, 0),
+    PriorRow(256, 6, 4, _ROWS_THEN_FULL, 64, 3e-3, 300, 0),
+    PriorRow(384, 8, 6, _ROWS_THEN_FULL, 64, 2e-3, 4_000, 2_000),
+    PriorRow(512, 12, 8, _ROWS_THEN_FULL, 256, 1.5e-3, 6_000, 10_000),  # 50 M parameters with its embeddings
+    PriorRow(1024, 24, 16, _ROWS_THEN_FULL, 256, 6e-4, 20_000, 100_000),  # 350 M
+)
+# Few images fill few codes: (images from which on, levels).
+CODEBOOKS = ((0, (8, 5, 5, 5)), (2_000, (8, 8, 8, 6, 5)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """What a plan needs to know about a corpus."""
+
+    name: str
+    """as the corpus calls itself"""
+    num_images: int
+    """in the training split"""
+    image_size: tuple[int, int]
+    """height and width in pixels"""
+    text_len: int
+    """estimated text positions of the longest captions"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a plan needs to know about the hardware."""
+
+    kind: str
+    """cpu or cuda"""
+    memory_gib: float
+    """of the device that trains"""
+    flops: float
+    """measured floating-point operations per second of a large matrix product in the precision of training"""
+    precision: str
+    """bf16 or fp32"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Measured seconds of work, with models of the planned sizes."""
+
+    dvae_step: float
+    """one optimizer step"""
+    prior_step: float
+    """one optimizer step"""
+    scorer_step: float
+    """one optimizer step"""
+    image: float
+    """drawing one image without guidance in a full batch, and decoding it"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that a fit is going to do; stored in its run folder, so that an interrupted one goes on with the same."""
+
+    minutes: float = 20.0
+    """time for everything, in minutes"""
+    data: DataConfig = DataConfig()
+    """what to train on; the stages' own data sections follow it"""
+    dvae: DVAETrainConfig = DVAETrainConfig()
+    """stage 1"""
+    encode: EncodeConfig = EncodeConfig()
+    """stage 2"""
+    prior: PriorTrainConfig = PriorTrainConfig()
+    """stage 3"""
+    scorer: ScorerTrainConfig = ScorerTrainConfig()
+    """stage 4"""
+    evaluation_seconds: float = 0.0
+    """set aside for measuring the model afterwards"""
+    speed: Speed | None = None
+    """what was measured when the plan was made; null in a plan without numbers of steps"""
+
+    def __post_init__(self) -> None:
+        if not self.minutes > 0:
+            raise UserError(f"minutes must be positive; got {self.minutes}")
+
+    @property
+    def training_seconds(self) -> float:
+        """The budget without what is set aside for evaluation."""
+        return max(1.0, self.minutes * 60 - self.evaluation_seconds)
+
+
+def estimate_text_len(captions: Sequence[str]) -> int:
+    """Text positions that captions will need, before there is a tokenizer: a multiple of 8, at most 256."""
+    words = sorted(len(caption.split()) for caption in captions)
+    longest = words[int(0.999 * (len(words) - 1))] if words else 0
+    return int(min(256, max(8, 8 * math.ceil(longest * _WORDS_TO_TOKENS / 8))))
+
+
+def stage_seconds(training_seconds: float) -> dict[str, float]:
+    """How a training budget is shared among the stages, in seconds."""
+    return {name: share * training_seconds for name, share in _SHARES.items()}
+
+
+def seconds_for(stage: str, seconds_left: float) -> float:
+    """What a stage may take when it begins with so many seconds left for itself, the stages after it and slack.
+
+    Whatever earlier stages took too long or left over is shared by the later ones.
+    """
+    shares = list(_SHARES.items())[STAGES.index(stage) :]
+    slack = 1 - sum(_SHARES.values())
+    return max(1.0, seconds_left * _SHARES[stage] / (sum(share for _, share in shares) + slack))
+
+
+def draft(data: DataConfig, facts: DataFacts, machine: Machine, *, minutes: float, device: str, seed: int) -> Plan:
+    """Chooses the sizes: the largest that the budget can train long enough on this machine.
+
+    Args:
+        data: what to train on.
+        facts: about that corpus.
+        machine: measured.
+        minutes: the budget for everything.
+        device: for every stage.
+        seed: for every stage.
+
+    Returns:
+        A plan without numbers of steps; `timed` fills them in.
+
+    Raises:
+        UserError: if the image sides do not fit the downsampling.
+    """
+    budget = stage_seconds(minutes * 60)
+    flops = machine.flops * _UTILIZATION.get(machine.kind, 1.0)
+    vae_row = DVAE_ROWS[0]
+    for row in DVAE_ROWS:
+        needed = row.least_steps * dvae_step_flops(_vae_config(row, facts, machine), facts.image_size, row.batch_size)
+        if needed <= flops * budget["dvae"] and facts.num_images >= row.least_images:
+            vae_row = row
+    vae = _vae_config(vae_row, facts, machine)
+    check_image_size(facts.image_size, vae)
+    layout = layout_for(facts, vae)
+    prior_row = PRIOR_ROWS[0]
+    for row_ in PRIOR_ROWS:
+        candidate = _prior_config(row_, layout)
+        needed = row_.least_steps * prior_step_flops(candidate, row_.batch_size)
+        fits = prior_memory_gib(candidate, row_.batch_size) <= 0.8 * machine.memory_gib
+        if needed <= flops * budget["prior"] and fits and facts.num_images >= row_.least_images:
+            prior_row = row_
+    base = TrainerConfig(device=device, seed=seed, checkpoint_every_seconds=30)
+    plan = Plan(
+        minutes=minutes,
+        data=data,
+        dvae=DVAETrainConfig(
+            model=vae,
+            optim=OptimizerConfig(learning_rate=vae_row.learning_rate),
+            trainer=replace(base, batch_size=_batch(vae_row.batch_size, facts)),
+        ),
+        encode=EncodeConfig(device=device),
+        prior=PriorTrainConfig(
+            model=_prior_config(prior_row, layout),
+            optim=OptimizerConfig(learning_rate=prior_row.learning_rate),
+            trainer=replace(base, batch_size=_batch(prior_row.batch_size, facts)),
+        ),
+        scorer=replace(
+            ScorerTrainConfig(), trainer=replace(base, batch_size=_batch(ScorerTrainConfig().trainer.batch_size, facts))
+        ),
+    )
+    return placed(plan, out="", run_dir="")
+
+
+def placed(plan: Plan, *, out: str, run_dir: str) -> Plan:
+    """The plan with its folders, and with one data section for all stages."""
+    return replace(
+        plan,
+        dvae=replace(plan.dvae, data=plan.data, out=out, run_dir=f"{run_dir}/dvae"),
+        encode=replace(plan.encode, data=plan.data, out=out, shards=f"{run_dir}/shards"),
+        prior=replace(plan.prior, shards=f"{run_dir}/shards", out=out, run_dir=f"{run_dir}/prior"),
+        scorer=replace(plan.scorer, data=plan.data, out=out, run_dir=f"{run_dir}/scorer"),
+    )
+
+
+def timed(plan: Plan, facts: DataFacts, speed: Speed, *, evaluation_images: int = 0) -> Plan:
+    """Fills in how many steps each stage makes, from measured seconds per step.
+
+    Args:
+        plan: with sizes.
+        facts: about the corpus.
+        speed: measured with models of these sizes.
+        evaluation_images: how many images will be drawn afterwards to judge the model, within the same budget.
+    """
+    wanted = evaluation_images * evaluation_seconds_per_image(speed)
+    plan = replace(plan, speed=speed, evaluation_seconds=min(wanted, 0.25 * plan.minutes * 60))
+    budget = stage_seconds(plan.training_seconds)
+    return replace(
+        plan,
+        dvae=replace(
+            plan.dvae, trainer=with_steps(plan.dvae.trainer, facts.num_images, speed.dvae_step, budget["dvae"])
+        ),
+        prior=replace(
+            plan.prior, trainer=with_steps(plan.prior.trainer, facts.num_images, speed.prior_step, budget["prior"])
+        ),
+        scorer=replace(
+            plan.scorer, trainer=with_steps(plan.scorer.trainer, facts.num_images, speed.scorer_step, budget["scorer"])
+        ),
+    )
+
+
+def evaluation_seconds_per_image(speed: Speed) -> float:
+    """What it takes to draw an image with guidance, score it and let a parser read it."""
+    return 2 * speed.image + 0.004
+
+
+def with_steps(trainer: TrainerConfig, num_images: int, step_seconds: float, seconds: float) -> TrainerConfig:
+    """The trainer's settings for a stage of so many seconds: steps, budget, and how often it logs and validates."""
+    affordable = _STEP_HEADROOM * seconds / max(step_seconds, 1e-6)
+    useful = max(_LEAST_STEPS, _MOST_EPOCHS * num_images / trainer.batch_size)
+    steps = max(1, int(min(affordable, useful)))
+    return replace(
+        trainer,
+        max_steps=steps,
+        budget_seconds=round(seconds, 1),
+        log_every_steps=max(1, min(10, steps // 40)),
+        validate_every_steps=max(1, steps // 10),
+    )
+
+
+def check_image_size(image_size: tuple[int, int], vae: DiscreteVAEConfig) -> None:
+    """Raises UserError if a side is not divisible by the downsampling factor."""
+    height, width = image_size
+    f = vae.downsampling
+    if height % f or width % f:
+        lower, upper = f * max(1, height // f), f * (height // f + 1)
+        near = lower if height - lower <= upper - height else upper
+        raise UserError(
+            f"--image-size {height}x{width}: both sides must be divisible by {f}; for example {near} "
+            f"(one number is a square, HEIGHTxWIDTH anything else)"
+        )
+
+
+def layout_for(facts: DataFacts, vae: DiscreteVAEConfig) -> SequenceLayout:
+    """The sequence that the prior will have, as far as it is known before there are shards."""
+    size = math.prod(vae.levels) if vae.quantizer == "fsq" else vae.codebook_size
+    height, width = facts.image_size
+    return SequenceLayout(
+        text_len=facts.text_len,
+        grid_height=height // vae.downsampling,
+        grid_width=width // vae.downsampling,
+        text_vocab_size=1024,
+        codebook_size=size,
+    )
+
+
+def dvae_step_flops(config: DiscreteVAEConfig, image_size: tuple[int, int], batch_size: int) -> float:
+    """Operations of one training step of the residual blocks, which do nearly all the work."""
+    operations = 0.0
+    for level, (width, blocks) in enumerate(zip(config.widths, config.blocks, strict=True)):
+        positions = math.prod(image_size) / (config.patch_size * 2**level) ** 2
+        # two 3x3 convolutions per block, encoder and decoder, multiply and add, forward and twice that backward
+        operations += positions * blocks * 2 * 9 * width**2 * 2 * 2 * 3
+    return operations * batch_size
+
+
+def prior_parameters(config: PriorConfig) -> int:
+    """Number of weights: layers, embeddings and heads."""
+    hidden = 32 * math.ceil(config.dim * config.mlp_ratio / 32)
+    layer = 4 * config.dim**2 + 3 * config.dim * hidden
+    return config.depth * layer + 2 * config.dim * (config.layout.num_text_ids + config.layout.codebook_size)
+
+
+def prior_step_flops(config: PriorConfig, batch_size: int) -> float:
+    """Operations of one training step: six per weight and position, heads at their own positions only."""
+    layout = config.layout
+    hidden = 32 * math.ceil(config.dim * config.mlp_ratio / 32)
+    layers = config.depth * (4 * config.dim**2 + 3 * config.dim * hidden + 2 * layout.seq_len * config.dim)
+    heads = config.dim * (layout.image_len * layout.codebook_size + layout.text_len * layout.num_text_ids)
+    return 6.0 * batch_size * (layout.seq_len * layers + heads)
+
+
+def prior_memory_gib(config: PriorConfig, batch_size: int) -> float:
+    """Peak memory of training the prior: weights with their optimizer state and average, activations, logits."""
+    layout = config.layout
+    weights = prior_parameters(config) * 20
+    per_position = 2 * (24 * config.dim + 3 * config.heads * layout.seq_len)
+    activations = batch_size * layout.seq_len * config.depth * per_position
+    logits = 14 * batch_size * (layout.image_len * layout.codebook_size + layout.text_len * layout.num_text_ids)
+    return (weights + activations + logits) / _GIB
+
+
+def dvae_memory_gib(config: DiscreteVAEConfig, image_size: tuple[int, int], batch_size: int) -> float:
+    """Peak memory of training the dVAE: activations of the blocks, images and reconstructions."""
+    pixels = math.prod(image_size)
+    total = 24.0 * 4 * pixels * batch_size
+    for level, (width, blocks) in enumerate(zip(config.widths, config.blocks, strict=True)):
+        positions = pixels / (config.patch_size * 2**level) ** 2
+        total += batch_size * positions * width * 2 * (blocks + 1) * 24
+    return total / _GIB
+
+
+def peak_memory_gib(plan: Plan, facts: DataFacts) -> float:
+    """Estimate of the peak memory of the whole fit, with the process itself."""
+    return _PROCESS_GIB + max(
+        dvae_memory_gib(plan.dvae.model, facts.image_size, plan.dvae.trainer.batch_size),
+        prior_memory_gib(replace(plan.prior.model, layout=layout_for(facts, plan.dvae.model)), plan.prior.trainer.batch_size),
+    )
+
+
+def _vae_config(row: DVAERow, facts: DataFacts, machine: Machine) -> DiscreteVAEConfig:
+    """A row's model, with one more resolution for every factor of two by which the images are too large."""
+    levels = next(levels for images, levels in reversed(CODEBOOKS) if facts.num_images >= images)
+    widths, blocks = row.widths, row.blocks
+    config = DiscreteVAEConfig(widths=widths, blocks=blocks, levels=levels)
+    while math.prod(facts.image_size) / config.downsampling**2 > _MOST_CODES.get(machine.kind, 256):
+        widths, blocks = (*widths, 2 * widths[-1] if len(widths) < 3 else widths[-1]), (*blocks, blocks[-1])
+        config = DiscreteVAEConfig(widths=widths, blocks=blocks, levels=levels)
+    return config
+
+
+def _prior_config(row: PriorRow, layout: SequenceLayout) -> PriorConfig:
+    return PriorConfig(layout=layout, dim=row.dim, depth=row.depth, heads=row.heads, attention=row.attention)
+
+
+def _batch(batch_size: int, facts: DataFacts) -> int:
+    return min(batch_size, max(4, facts.num_images))
+
+
+def section_names() -> tuple[str, ...]:
+    """The plan's keys that overrides may begin with."""
+    return tuple(field.name for field in fields(Plan))

@@ -1,0 +1,132 @@
+"""How fast this machine is: a matrix product, and a few real training steps of throwaway models."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from dvae.losses import pixel_loss
+from dvae.model import DiscreteVAE
+from recipes.plan import DataFacts, Machine, Plan, Speed, layout_for
+from tessera.precision import autocast, describe_hardware, resolve_device, resolve_precision
+from tessera.training.optim import OptimizerConfig, build_optimizer
+from transformer.lit import prior_loss
+from transformer.model import Prior
+
+# B batch, T text positions, I image positions, h w code grid, H W pixels.
+
+_PRODUCT_SIDE = {"cpu": 1024, "cuda": 8192}
+_DRAWN_TOGETHER = 128
+
+
+def measure_machine(device: str = "auto", precision: str = "auto") -> Machine:
+    """Times a matrix product on the device that will train, in the precision in which it will."""
+    chosen = resolve_device(device)
+    format_ = resolve_precision(precision, chosen)
+    side = _PRODUCT_SIDE.get(chosen.type, 1024)
+    dtype = torch.bfloat16 if format_.name == "bf16" else torch.float32
+    left, right = torch.randn(2, side, side, dtype=dtype, device=chosen).unbind(0)
+    seconds = _median_seconds(lambda: left @ right, chosen, budget=0.5)
+    hardware = describe_hardware()
+    on_gpu = chosen.type == "cuda"
+    return Machine(
+        kind="cuda" if on_gpu else "cpu",
+        memory_gib=float((hardware["gpu_memory_gib"] if on_gpu else hardware["memory_gib"]) or 8.0),
+        flops=2 * side**3 / seconds,
+        precision=format_.name,
+    )
+
+
+def measure_speed(plan: Plan, facts: DataFacts, *, seconds: float) -> Speed:
+    """Times optimizer steps and drawing with models of the plan's sizes on random data.
+
+    Args:
+        plan: with sizes; numbers of steps are not read.
+        facts: about the corpus.
+        seconds: about how long all of this may take.
+    """
+    dvae_step = _dvae_step_seconds(plan, facts, budget=0.4 * seconds)
+    prior_step, image = _prior_seconds(plan, facts, budget=0.6 * seconds)
+    # The scorer's step was measured against the dVAE's at its default sizes; its clock ends it in time in any case.
+    return Speed(dvae_step=dvae_step, prior_step=prior_step, scorer_step=dvae_step, image=image)
+
+
+def _dvae_step_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> float:
+    device = resolve_device(plan.dvae.trainer.device)
+    precision = resolve_precision(plan.dvae.trainer.precision, device)
+    model = DiscreteVAE(plan.dvae.model).to(device)
+    images = torch.rand(plan.dvae.trainer.batch_size, 3, *facts.image_size, device=device)  # [B, 3, H, W]
+
+    def loss() -> Tensor:
+        with autocast(precision, device):
+            result = model(images)
+        return pixel_loss(result.output, images, plan.dvae.model.pixel_loss) + result.regularizer
+
+    return _median_seconds(_training_step(model, loss, plan.dvae.optim), device, budget=budget)
+
+
+def _prior_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> tuple[float, float]:
+    """Seconds of one optimizer step, and of drawing and decoding one image."""
+    device = resolve_device(plan.prior.trainer.device)
+    precision = resolve_precision(plan.prior.trainer.precision, device)
+    layout = layout_for(facts, plan.dvae.model)
+    model = Prior(replace(plan.prior.model, layout=layout)).to(device)
+    rows = plan.prior.trainer.batch_size
+    text_ids = torch.randint(layout.num_text_ids, (rows, layout.text_len), device=device)  # [B, T]
+    codes = torch.randint(layout.codebook_size, (rows, layout.image_len), device=device)  # [B, I]
+
+    def loss() -> Tensor:
+        with autocast(precision, device):
+            output = model(text_ids, codes)
+        return prior_loss(output, text_ids, codes, text_vocab_size=layout.text_vocab_size).total
+
+    step_seconds = _median_seconds(_training_step(model, loss, plan.prior.optim), device, budget=0.7 * budget)
+
+    model.eval()
+    cache = model.new_cache(_DRAWN_TOGETHER)
+    drawn = torch.zeros(_DRAWN_TOGETHER, dtype=torch.int64, device=device)
+    model.prefill(text_ids[:1].expand(_DRAWN_TOGETHER, -1), cache)
+    half = layout.image_len // 2  # attention to half of the image is the average over all positions
+
+    def draw() -> None:
+        # as much work as the sampler's choice of a code
+        model.decode(drawn, half, cache).softmax(dim=1).double().cumsum(dim=1)
+
+    token_seconds = _median_seconds(draw, device, budget=0.2 * budget) / _DRAWN_TOGETHER
+    vae = DiscreteVAE(plan.dvae.model).eval().to(device)
+    grids = torch.zeros(16, layout.grid_height, layout.grid_width, dtype=torch.int64, device=device)
+
+    def decode() -> None:
+        with autocast(precision, device):
+            vae.decode(grids)
+
+    return step_seconds, layout.image_len * token_seconds + _median_seconds(decode, device, budget=0.1 * budget) / 16
+
+
+def _training_step(model: nn.Module, loss: Callable[[], Tensor], optim: OptimizerConfig) -> Callable[[], None]:
+    optimizer = build_optimizer(model, optim)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+        optimizer.step()
+
+    return step
+
+
+def _median_seconds(work: Callable[[], object], device: torch.device, *, budget: float) -> float:
+    """The median time of a call after the first one, which warms up; at least two calls in all."""
+    times: list[float] = []
+    deadline = time.monotonic() + budget
+    while len(times) < 2 or (time.monotonic() < deadline and len(times) < 50):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    steady = sorted(times[1:])
+    return max(steady[math.floor((len(steady) - 1) / 2)], 1e-9)

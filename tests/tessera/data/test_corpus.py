@@ -1,0 +1,235 @@
+import hashlib
+import logging
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tessera.data import corpus as corpus_module
+from tessera.data.corpus import Corpus, ManifestCorpus, load_images, open_corpus
+from tessera.data.manifest import ingest
+from tessera.errors import UserError
+
+SIZE = (16, 24)
+
+
+def save_pairs(root: Path, count: int) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{number:03}.png")
+        (root / f"{number:03}.txt").write_text(f"picture {number}")
+
+
+def original(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_pairs(tmp_path / "photos", 8)  # too few for a validation split: all are for training
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def corpus(folder: Path) -> ManifestCorpus:
+    return ManifestCorpus(ingest(folder), image_size=SIZE)
+
+
+class Counted:
+    """A corpus of flat pictures that counts how often it is asked."""
+
+    name = "counted"
+    image_size: tuple[int, int] = (8, 8)
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.num_images = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return (str(index),)
+
+    def image(self, index: int) -> np.ndarray:
+        self.num_images += 1
+        return np.full((8, 8, 3), index % 256, np.uint8)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(bytes([self.count % 256])).hexdigest()
+
+
+def test_a_folder_is_a_corpus(folder: Path) -> None:
+    corpus = open_corpus(str(folder), image_size=SIZE, split="train")
+    assert (len(corpus), corpus.name, corpus.image_size) == (8, "photos", SIZE)
+    for index in range(8):
+        assert corpus.captions(index) == (f"picture {index}",)
+        image = corpus.image(index)
+        assert image.dtype == np.uint8 and image.flags.c_contiguous
+        assert (image == original(index)).all()
+
+
+def test_images_are_cropped_to_the_size_of_the_corpus(folder: Path) -> None:
+    corpus = open_corpus(str(folder), image_size=(8, 8), split="train")
+    wanted = Image.fromarray(original(0)[:, 4:20]).resize((8, 8), Image.Resampling.LANCZOS)
+    # At the edges the filter reaches into what was cropped away.
+    assert np.abs(corpus.image(0).astype(int) - np.asarray(wanted))[:, 2:-2].max() <= 2
+
+
+def test_train_and_validation_share_no_image(tmp_path: Path) -> None:
+    save_pairs(tmp_path / "data", 40)
+    train, validation = (
+        open_corpus(str(tmp_path / "data"), image_size=SIZE, split=split, cache_dir=tmp_path / "run")
+        for split in ("train", "validation")
+    )
+    assert len(train) + len(validation) == 40 and len(validation) >= 1
+    captions = [{corpus.captions(index) for index in range(len(corpus))} for corpus in (train, validation)]
+    assert not captions[0] & captions[1]
+    assert (tmp_path / "run" / "manifest.jsonl").exists()
+
+
+def test_a_handful_of_images_serves_both_splits(folder: Path) -> None:
+    assert len(open_corpus(str(folder), image_size=SIZE, split="validation")) == 8
+
+
+def test_a_limit_keeps_some_in_their_order_and_always_the_same(folder: Path) -> None:
+    captions = []
+    for limit in (3, 5, 100):
+        corpus = open_corpus(str(folder), image_size=SIZE, split="train", limit=limit)
+        captions.append([corpus.captions(index)[0] for index in range(len(corpus))])
+    assert [len(kept) for kept in captions] == [3, 5, 8]
+    assert set(captions[0]) < set(captions[1]) < set(captions[2])
+    assert all(kept == sorted(kept) for kept in captions)
+
+
+def test_the_fingerprint_follows_pixels_captions_and_size(folder: Path) -> None:
+    def fingerprint(size: tuple[int, int] = SIZE) -> str:
+        return ManifestCorpus(ingest(folder), image_size=size).fingerprint()
+
+    first = fingerprint()
+    assert fingerprint() == first and len(first) == 64
+    assert fingerprint((8, 8)) != first
+    (folder / "003.txt").write_text("another caption")
+    second = fingerprint()
+    assert second != first
+    Image.new("RGB", (9, 9)).save(folder / "004.png")
+    assert fingerprint() not in (first, second)
+
+
+def test_files_that_changed_are_replaced_by_the_next_good_one(
+    corpus: ManifestCorpus, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "002.png").unlink()
+    (folder / "003.png").write_bytes((folder / "003.png").read_bytes()[:-20])
+    (folder / "007.png").write_bytes((folder / "006.png").read_bytes())  # sound, but no longer what was checked
+    with caplog.at_level(logging.WARNING):
+        images = [corpus.image(index) for index in range(8)]
+    for index, shown in enumerate([0, 1, 4, 4, 4, 5, 6, 0]):
+        assert (images[index] == original(shown)).all()
+        assert corpus.captions(index) == (f"picture {shown}",)
+    assert corpus.substitutes == {2: 4, 3: 4, 7: 0}
+    assert len(caplog.records) == 1 and "002.png: cannot be read" in caplog.text
+
+
+def test_substitutes_do_not_depend_on_the_order_of_reading(corpus: ManifestCorpus, folder: Path) -> None:
+    for number in (1, 2, 6):
+        (folder / f"{number:03}.png").unlink()
+    for index in (6, 2, 7, 1):
+        corpus.image(index)
+    assert corpus.substitutes == {6: 7, 2: 3, 1: 3}
+
+
+def test_a_substitute_that_breaks_too_is_replaced(corpus: ManifestCorpus, folder: Path) -> None:
+    (folder / "000.png").unlink()
+    corpus.image(0)
+    (folder / "001.png").unlink()
+    assert (corpus.image(0) == original(2)).all() and corpus.captions(0) == ("picture 2",)
+
+
+def test_a_corpus_that_is_gone_is_an_error_of_one_line(corpus: ManifestCorpus, folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match=r"no image of .*photos can be read any more: 005\.png: cannot be read"):
+        corpus.image(5)
+
+
+def test_a_file_that_became_a_link_to_the_outside_is_not_followed(
+    corpus: ManifestCorpus, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "secret.png").write_bytes((folder / "000.png").read_bytes())
+    (folder / "000.png").unlink()
+    (folder / "000.png").symlink_to(tmp_path / "secret.png")
+    assert (corpus.image(0) == original(1)).all()
+
+
+def test_a_corpus_travels_to_worker_processes(corpus: ManifestCorpus) -> None:
+    copy = pickle.loads(pickle.dumps(corpus))
+    assert (copy.image(3) == corpus.image(3)).all() and copy.fingerprint() == corpus.fingerprint()
+
+
+@pytest.mark.parametrize("count", [1, 300])
+def test_all_images_come_in_one_array(count: int, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    images = load_images(Counted(count), on_progress=lambda done, total: told.append((done, total)))
+    assert images.shape == (count, 8, 8, 3) and images.dtype == np.uint8
+    assert (images[:, 0, 0, 0] == np.arange(count) % 256).all()
+    assert told[-1] == (count, count)
+    assert (load_images(Counted(count), directory=tmp_path) == images).all()
+
+
+def test_a_second_load_reads_the_file_of_the_first(tmp_path: Path) -> None:
+    first, second, other = Counted(20), Counted(20), Counted(21)
+    images = load_images(first, directory=tmp_path / "cache")
+    assert isinstance(images, np.memmap) and not images.flags.writeable
+    assert (load_images(second, directory=tmp_path / "cache") == images).all()
+    assert (first.num_images, second.num_images) == (20, 0)
+    assert len(load_images(other, directory=tmp_path / "cache")) == 21
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", None])
+def test_a_damaged_file_of_images_is_made_again(tmp_path: Path, damage: bytes | None) -> None:
+    images = np.array(load_images(Counted(20), directory=tmp_path))
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-1] if damage is None else damage)
+    assert (load_images(Counted(20), directory=tmp_path) == images).all()
+
+
+def test_an_interrupted_load_leaves_nothing(tmp_path: Path) -> None:
+    class Interrupted(Counted):
+        def image(self, index: int) -> np.ndarray:
+            if index == 290:
+                raise KeyboardInterrupt
+            return super().image(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        load_images(Interrupted(300), directory=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_with_substitutes_are_not_reused(folder: Path, tmp_path: Path) -> None:
+    manifest = ingest(folder)
+    (folder / "002.png").unlink()
+    for _ in range(2):  # captions of a fresh corpus must fit, so it has to find the substitutes itself
+        corpus = ManifestCorpus(manifest, image_size=SIZE)
+        images = load_images(corpus, directory=tmp_path / "cache")
+        assert (images[2] == original(3)).all() and corpus.captions(2) == ("picture 3",)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_scenes_open_by_name(split: str) -> None:
+    corpus: Corpus = open_corpus("scenes", image_size=(32, 48), split=split, seed=3, limit=5)  # type: ignore[arg-type]
+    assert len(corpus) == 5 and corpus.image(4).shape == (32, 48, 3)
+    assert len(open_corpus("scenes", image_size=(32, 32), split=split)) == corpus_module.NUM_SCENES[split]  # type: ignore[arg-type]
+
+
+def test_a_wrong_name_is_answered_with_the_right_ones(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no data 'scene': expected scenes, emoji, an existing folder"):
+        open_corpus("scene", image_size=SIZE, split="train")
+    with pytest.raises(UserError, match="the image size must be positive, got 0x64"):
+        open_corpus("scenes", image_size=(0, 64), split="train")
+    with pytest.raises(UserError, match="the limit must be at least 1 picture, got 0"):
+        open_corpus("scenes", image_size=SIZE, split="train", limit=0)

@@ -1,0 +1,51 @@
+"""Batches: the same stream for any number of workers and ranks, and from any step on."""
+
+from collections.abc import Sequence
+from itertools import islice
+
+import pytest
+import torch
+
+from tessera.data.loader import KeyedLoader
+from tessera.data.order import SampleKey
+
+
+class Numbers:
+    """A source whose batches show which draws they were made of."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def batch(self, keys: Sequence[SampleKey]) -> dict[str, torch.Tensor]:
+        return {"index": torch.tensor([key.index for key in keys]), "seed": torch.tensor([key.seed for key in keys])}
+
+
+def first_batches(count: int, **options: int) -> list[list[int]]:
+    loader = KeyedLoader(Numbers(), batch_size=4, seed=0, **options)
+    return [batch["seed"].tolist() for batch in islice(loader, count)]
+
+
+def test_an_epoch_visits_every_sample_once() -> None:
+    loader = KeyedLoader(Numbers(), batch_size=5, seed=0)
+    seen = torch.cat([batch["index"] for batch in islice(loader, 2)])
+    assert sorted(seen.tolist()) == list(range(10))
+
+
+def test_a_resumed_loader_continues_the_stream() -> None:
+    assert first_batches(4, start_step=3) == first_batches(7)[3:]
+
+
+def test_workers_do_not_change_the_stream() -> None:
+    assert first_batches(5, num_workers=2) == first_batches(5)
+
+
+def test_ranks_share_each_batch() -> None:
+    whole = first_batches(3)
+    parts = [first_batches(3, rank=rank, world_size=2) for rank in range(2)]
+    for step in range(3):
+        assert sorted(parts[0][step] + parts[1][step]) == sorted(whole[step])
+
+
+def test_an_uneven_share_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 3 processes; got 4"):
+        KeyedLoader(Numbers(), batch_size=4, seed=0, world_size=3)

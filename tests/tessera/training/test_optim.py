@@ -1,0 +1,95 @@
+"""The optimizer: orthogonal updates, AdamW as in the library, one schedule."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tessera.errors import UserError
+from tessera.training.optim import MuonAdamW, OptimizerConfig, build_optimizer, orthogonalize, rate_at
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8), (1, 16, 16)])
+def test_orthogonalized_matrices_have_singular_values_near_one(shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    result = orthogonalize(matrices).float()
+    values = torch.linalg.svdvals(result)
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    cosine = (result * (u @ vh)).sum(dim=(1, 2)) / (result.norm(dim=(1, 2)) * (u @ vh).norm(dim=(1, 2)))
+    assert cosine.min() > 0.95
+
+
+def test_the_rest_is_updated_like_adamw() -> None:
+    torch.manual_seed(0)
+    ours = nn.Parameter(torch.randn(7))
+    theirs = nn.Parameter(ours.detach().clone())
+    config = OptimizerConfig(learning_rate=0.01)
+    first = MuonAdamW([], [ours], config)
+    second = torch.optim.AdamW([theirs], lr=0.01, betas=config.betas, weight_decay=0.0)
+    for _ in range(5):
+        gradient = torch.randn(7)
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        first.step()
+        second.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_heads_embeddings_and_gains_are_left_to_adamw() -> None:
+    model = nn.ModuleDict(
+        {"hidden": nn.Linear(4, 4), "text_head": nn.Linear(4, 9), "stem": nn.Conv2d(3, 4, 3), "embedding": nn.Embedding(5, 4)}
+    )
+    optimizer = build_optimizer(model, OptimizerConfig())
+    rules = {id(p): group["rule"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name for name, p in model.named_parameters() if rules[id(p)] == "muon"} == {"hidden.weight"}
+    assert len(rules) == len(list(model.parameters()))
+
+
+def test_a_convolution_counts_as_a_matrix() -> None:
+    layer = nn.Conv2d(4, 6, 3, bias=False)
+    before = layer.weight.detach().clone()
+    optimizer = build_optimizer(layer, OptimizerConfig(learning_rate=0.1, weight_decay=0.0))
+    layer(torch.randn(2, 4, 8, 8)).square().sum().backward()
+    optimizer.step()
+    update = (before - layer.weight.detach()).flatten(1)  # [6, 36]
+    values = torch.linalg.svdvals(update) / (0.1 * 0.2 * math.sqrt(36))
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+
+
+def test_its_state_survives_a_round_trip() -> None:
+    torch.manual_seed(0)
+
+    def steps(optimizer: MuonAdamW, model: nn.Module, count: int, start: int) -> None:
+        for step in range(start, start + count):
+            optimizer.zero_grad()
+            model(torch.full((1, 3), float(step))).sum().backward()
+            optimizer.step()
+
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.load_state_dict(first.state_dict())
+    optimizer = build_optimizer(first, OptimizerConfig())
+    other = build_optimizer(second, OptimizerConfig())
+    steps(optimizer, first, 4, 0)
+    steps(other, second, 2, 0)
+    resumed = build_optimizer(second, OptimizerConfig())
+    resumed.load_state_dict(other.state_dict())
+    steps(resumed, second, 2, 2)
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(first.bias, second.bias)
+
+
+def test_the_schedule_warms_up_and_decays() -> None:
+    config = OptimizerConfig(warmup=0.1, final_rate=0.05)
+    assert rate_at(0.05, config) == pytest.approx(0.5)
+    assert rate_at(0.1, config) == pytest.approx(1)
+    assert rate_at(1.0, config) == pytest.approx(0.05)
+    rates = [rate_at(0.1 + 0.009 * step, config) for step in range(101)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_impossible_rates_are_refused() -> None:
+    with pytest.raises(UserError, match="got 0"):
+        OptimizerConfig(learning_rate=0)

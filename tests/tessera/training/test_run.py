@@ -1,0 +1,142 @@
+"""Training runs: killed and resumed runs end where an undisturbed one ends; budgets, interruptions, damage."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from dvae.lit import DiscreteVAELit
+from dvae.model import DiscreteVAE, DiscreteVAEConfig
+from dvae.schedule import ScheduleConfig
+from dvae.train import ImageBatches
+from tessera.data.scenes import ScenesCorpus
+from tessera.data.corpus import load_images
+from tessera.training.checkpoint import checkpoint_path, checkpoints, newest_readable
+from tessera.training.optim import OptimizerConfig
+from tessera.training.run import TrainerConfig, TrainingResult, run_training
+
+OPTIM = OptimizerConfig(ema_horizon=0.3)
+
+
+class Losses(Callback):
+    """Collects the loss of every step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: dict, *_: object) -> None:
+        self.values.append(float(outputs["loss"].detach()))
+
+
+class StopAt(Callback):
+    """Dies like a killed process, but inside this one."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("killed")
+
+
+def run(run_dir: Path, *extra: Callback, quantizer: str = "fsq", **options: object) -> tuple[TrainingResult, dict, list[float]]:
+    torch.manual_seed(0)
+    model = DiscreteVAE(
+        DiscreteVAEConfig(widths=(8, 16), blocks=(0, 1), levels=(4, 4), quantizer=quantizer, codebook_size=16)  # type: ignore[arg-type]
+    )
+    losses = Losses()
+    config = TrainerConfig(
+        **{"max_steps": 12, "batch_size": 4, "precision": "fp32", "device": "cpu", "checkpoint_every_steps": 5, **options}  # type: ignore[arg-type]
+    )
+    result = run_training(
+        DiscreteVAELit(model, optim=OPTIM, schedule=ScheduleConfig()),
+        ImageBatches(load_images(ScenesCorpus(16, image_size=(16, 16))), flip=True),
+        name="test",
+        config=config,
+        optim=OPTIM,
+        run_dir=run_dir,
+        callbacks=(losses, *extra),
+    )
+    return result, model.state_dict(), losses.values
+
+
+@pytest.mark.parametrize("quantizer", ["fsq", "gumbel"])
+def test_a_killed_run_resumes_to_the_same_losses_and_weights(tmp_path: Path, quantizer: str) -> None:
+    whole, expected, losses = run(tmp_path / "whole", quantizer=quantizer)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "killed", StopAt(8), quantizer=quantizer)
+    resumed, weights, later_losses = run(tmp_path / "killed", quantizer=quantizer)
+    assert resumed.steps == whole.steps == 12
+    assert later_losses == losses[5:], "it must go on after the checkpoint of step 5"
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    _, expected, _ = run(tmp_path)
+    directory = tmp_path / "checkpoints"
+    newest = checkpoints(directory)[-1]
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    readable, damaged = newest_readable(directory)
+    assert damaged == [newest]
+    assert readable == checkpoint_path(directory, 5)
+    _, weights, losses = run(tmp_path)
+    assert len(losses) == 7
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=20)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-000000015.ckpt", "step-000000020.ckpt"]
+
+
+def test_the_time_budget_ends_the_schedule(tmp_path: Path) -> None:
+    result, _, _ = run(tmp_path, max_steps=100_000, budget_seconds=1.0, checkpoint_every_steps=None)
+    assert 1 <= result.steps < 100_000
+    assert 1.0 <= result.seconds < 10.0
+
+
+def test_an_interrupt_saves_and_the_same_command_resumes(tmp_path: Path) -> None:
+    class Interrupt(Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+            if trainer.global_step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Interrupt())
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-000000004.ckpt"]
+    result, _, losses = run(tmp_path)
+    assert result.steps == 12
+    assert len(losses) == 8
+
+
+def test_a_run_killed_by_the_system_resumes(tmp_path: Path) -> None:
+    """SIGKILL in a process of its own, between two checkpoints."""
+    program = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_run import StopAt, run
+class Kill(StopAt):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+from pathlib import Path
+run(Path({str(tmp_path / "killed")!r}), Kill(7))
+"""
+    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    _, expected, _ = run(tmp_path / "whole")
+    _, weights, losses = run(tmp_path / "killed")
+    assert len(losses) == 7
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+def test_checkpoints_load_without_unpickling_code(tmp_path: Path) -> None:
+    run(tmp_path)
+    for path in checkpoints(tmp_path / "checkpoints"):
+        assert "state_dict" in torch.load(path, weights_only=True)
