@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from dvae.lit import to_float
+from dvae.pixels import to_float
 from dvae.model import DiscreteVAE
 from dvae.model import load as load_vae
 from tessera.config import load
@@ -101,7 +101,7 @@ def _codes(vae: DiscreteVAE, images: NDArray[np.uint8]) -> Iterator[NDArray[np.i
     precision = resolve_precision("auto", device)
     spans = list(batches(len(images), _BATCH))
     for span in track(spans, description="encode", console=Console(stderr=True), disable=not sys.stderr.isatty()):
-        batch = to_float(torch.from_numpy(np.ascontiguousarray(images[span.start : span.stop]))).to(device)
+        batch = to_float(torch.from_numpy(images[span.start : span.stop].copy())).to(device)
         with autocast(precision, device):
             yield vae.encode(batch).cpu().numpy()
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dvae.losses import elbo_scale, kl_weight, pixel_loss, psnr, relaxation_temperature, ssim, to_pixels
 from dvae.model import DiscreteVAE
+from dvae.pixels import to_float
 from dvae.schedule import ScheduleConfig
 from dvae.usage import code_usage
 from tessera.training.optim import OptimizerConfig, build_optimizer
@@ -16,11 +17,6 @@ from tessera.training.optim import OptimizerConfig, build_optimizer
 
 # Batches over which codebook usage is counted.
 _USAGE_WINDOW = 50
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [0, 1]."""
-    return images.permute(0, 3, 1, 2).float().div(255)
 
 
 class DiscreteVAELit(pl.LightningModule):

@@ -116,7 +116,8 @@ def ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
     def blurred(x: Tensor) -> Tensor:
         return F.conv2d(x, kernel, groups=channels)
 
-    x, y = reconstruction.float().clamp(0, 1), images.float()
+    # fp64: a variance is a small difference of large numbers, and autocast would make it one of bf16 numbers
+    x, y, kernel = reconstruction.double().clamp(0, 1), images.double(), kernel.double()
     mean_x, mean_y = blurred(x), blurred(y)
     variance_x = blurred(x * x) - mean_x.square()
     variance_y = blurred(y * y) - mean_y.square()
@@ -125,4 +126,4 @@ def ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
     similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
         (mean_x.square() + mean_y.square() + c1) * (variance_x + variance_y + c2)
     )
-    return similarity.mean(dim=(1, 2, 3))
+    return similarity.mean(dim=(1, 2, 3)).float()

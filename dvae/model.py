@@ -75,14 +75,20 @@ class ChannelNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with pre-normalization; the second starts at zero, so that the block starts as identity."""
+    """Two convolutions with pre-normalization; the second starts at zero, so that the block starts as identity.
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        channels: in and out.
+        kernel_size: 3, or 1 for a block that mixes channels only.
+    """
+
+    def __init__(self, channels: int, *, kernel_size: int) -> None:
         super().__init__()
+        padding = kernel_size // 2
         self.norm1 = ChannelNorm(channels)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels, channels, kernel_size, padding=padding, padding_mode="replicate")
         self.norm2 = ChannelNorm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size, padding=padding, padding_mode="replicate")
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
 
@@ -92,17 +98,25 @@ class ResidualBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [B, 3, H, W] to latents [B, D, H/f, W/f]."""
+    """Images [B, 3, H, W] to latents [B, D, H/f, W/f].
+
+    At the coarsest resolution it mixes channels only, and borders are replicated: a code depends on what is near it and
+    on nothing else. With 3x3 convolutions there, the codes of a flat background changed with every object in the picture
+    and every border, and the prior spent most of its capacity on predicting that.
+    """
 
     def __init__(self, config: DiscreteVAEConfig, latent_dim: int) -> None:
         super().__init__()
         patch, widths = config.patch_size, config.widths
-        self.stem = nn.Conv2d(3, widths[0], 2 * patch, stride=patch, padding=patch // 2)
+        self.stem = nn.Conv2d(
+            3, widths[0], 2 * patch, stride=patch, padding=patch // 2, padding_mode="replicate"
+        )
         layers: list[nn.Module] = []
         for level, (width, count) in enumerate(zip(widths, config.blocks, strict=True)):
             if level > 0:
                 layers.append(nn.Conv2d(widths[level - 1], width, 2, stride=2))
-            layers.extend(ResidualBlock(width) for _ in range(count))
+            is_coarsest = level == len(widths) - 1
+            layers.extend(ResidualBlock(width, kernel_size=1 if is_coarsest else 3) for _ in range(count))
         self.layers = nn.Sequential(*layers)
         self.norm = ChannelNorm(widths[-1])
         self.latent_head = nn.Conv2d(widths[-1], latent_dim, 1)
@@ -122,7 +136,7 @@ class Decoder(nn.Module):
         self.stem = nn.Conv2d(embedding_dim, widths[-1], 1)
         layers: list[nn.Module] = []
         for level in reversed(range(len(widths))):
-            layers.extend(ResidualBlock(widths[level]) for _ in range(config.blocks[level]))
+            layers.extend(ResidualBlock(widths[level], kernel_size=3) for _ in range(config.blocks[level]))
             if level > 0:
                 layers.extend([nn.Conv2d(widths[level], 4 * widths[level - 1], 1), nn.PixelShuffle(2)])
         self.layers = nn.Sequential(*layers)

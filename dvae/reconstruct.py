@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dvae.lit import to_float
+from dvae.pixels import to_float, to_uint8
 from dvae.losses import psnr, ssim
 from dvae.model import DiscreteVAE, load
 from tessera.data.images import ImageError, fit_to, open_image, save_png
@@ -55,7 +55,7 @@ def reconstruct(vae: DiscreteVAE, images: NDArray[np.uint8]) -> tuple[NDArray[np
     with torch.no_grad(), autocast(resolve_precision("auto", device), device):
         codes = vae.encode(to_float(torch.from_numpy(images)).to(device))
         pixels = vae.decode(codes)
-    return (pixels * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy(), codes.cpu().numpy()
+    return to_uint8(pixels).cpu().numpy(), codes.cpu().numpy()
 
 
 def nearest_size(image: Image.Image, *, downsampling: int, longest: int | None) -> tuple[int, int]:

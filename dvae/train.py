@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dvae.lit import DiscreteVAELit, to_float
+from dvae.lit import DiscreteVAELit
+from dvae.pixels import to_float
 from dvae.losses import psnr, ssim
 from dvae.model import DiscreteVAE, DiscreteVAEConfig
 from dvae.schedule import ScheduleConfig
@@ -18,7 +19,7 @@ from dvae.usage import code_usage
 from tessera.config import load, to_plain
 from tessera.data.config import DataConfig
 from tessera.data.corpus import load_images
-from tessera.data.order import SampleKey
+from tessera.data.order import SampleKey, mix
 from tessera.data.shards import batches
 from tessera.errors import UserError
 from tessera.model_folder import ModelFolder, write_part
@@ -49,6 +50,10 @@ class TrainConfig:
     """how long and on what"""
     flip: bool = False
     """mirror half of the pictures left to right"""
+    crop: int | None = None
+    """train on square crops of this many pixels, a multiple of the downsampling; null for whole pictures"""
+    crop_candidates: int = 3
+    """crops drawn per picture, of which the one with the largest variance is used"""
     out: str = "my-model"
     """model folder that receives the dvae part"""
     run_dir: str = "runs/dvae"
@@ -56,20 +61,52 @@ class TrainConfig:
 
 
 class ImageBatches:
-    """A `BatchSource` over images in memory, optionally mirrored at random."""
+    """A `BatchSource` over images in memory, mirrored and cropped at random.
 
-    def __init__(self, images: NDArray[np.uint8], *, flip: bool) -> None:
-        self.images, self.flip = images, flip
+    Most of a picture is often flat. Of several crops that are drawn, the one with the largest variance is trained on:
+    the same number of pixels holds more that there is to learn.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        flip: mirror half of the draws left to right.
+        crop: side in pixels of the square crops, at most H and W; None for whole images.
+        crop_candidates: crops drawn per image.
+    """
+
+    def __init__(
+        self, images: NDArray[np.uint8], *, flip: bool = False, crop: int | None = None, crop_candidates: int = 3
+    ) -> None:
+        self.images, self.flip, self.crop, self.crop_candidates = images, flip, crop, crop_candidates
 
     def __len__(self) -> int:
         return len(self.images)
 
     def batch(self, keys: Sequence[SampleKey]) -> dict[str, torch.Tensor]:
-        chosen = self.images[[key.index for key in keys]]  # [B, H, W, 3], a copy
+        rows = [key.index for key in keys]
+        seeds = np.array([key.seed for key in keys])
+        chosen = self.images[rows] if self.crop is None else self._crops(rows, seeds, self.crop)  # [B, h, w, 3], a copy
         if self.flip:
-            mirrored = np.array([key.seed & 1 for key in keys], dtype=bool)
+            mirrored = (seeds & 1).astype(bool)
             chosen[mirrored] = chosen[mirrored, :, ::-1]
         return {"images": torch.from_numpy(chosen)}
+
+    def _crops(self, rows: list[int], seeds: NDArray[np.int64], side: int) -> NDArray[np.uint8]:
+        height, width = self.images.shape[1:3]
+        candidate = np.arange(self.crop_candidates)
+        top = mix(seeds[:, None], 2 * candidate) % np.uint64(height - side + 1)  # [B, candidates]
+        left = mix(seeds[:, None], 2 * candidate + 1) % np.uint64(width - side + 1)
+        # every second pixel of all candidates at once: enough to compare them
+        steps = np.arange(0, side, 2)
+        rows_array = np.array(rows)
+        ys = (top[..., None].astype(np.int64) + steps)[..., :, None]  # [B, candidates, side / 2, 1]
+        xs = (left[..., None].astype(np.int64) + steps)[..., None, :]
+        thinned = self.images[rows_array[:, None, None, None], ys, xs].astype(np.float32)
+        best = thinned.var(axis=(2, 3)).sum(axis=-1).argmax(axis=1)  # [B]
+        chosen = np.empty((len(rows), side, side, 3), np.uint8)
+        for place, (row, index) in enumerate(zip(rows, best, strict=True)):
+            y, x = int(top[place, index]), int(left[place, index])
+            chosen[place] = self.images[row, y : y + side, x : x + side]
+        return chosen
 
 
 def measure(vae: DiscreteVAE, images: NDArray[np.uint8], *, precision: str = "auto") -> dict[str, float]:
@@ -81,11 +118,12 @@ def measure(vae: DiscreteVAE, images: NDArray[np.uint8], *, precision: str = "au
     device = next(vae.parameters()).device
     chosen = resolve_precision(precision, device)
     decibels, similarities, all_codes = [], [], []
-    with torch.no_grad(), autocast(chosen, device):
+    with torch.no_grad():
         for batch in batches(len(images), 64):
-            original = to_float(torch.from_numpy(images[batch.start : batch.stop])).to(device)
-            codes = vae.encode(original)
-            reconstruction = vae.decode(codes)
+            original = to_float(torch.from_numpy(images[batch.start : batch.stop].copy())).to(device)
+            with autocast(chosen, device):
+                codes = vae.encode(original)
+                reconstruction = vae.decode(codes)
             decibels.append(psnr(reconstruction, original).cpu())
             similarities.append(ssim(reconstruction, original).cpu())
             all_codes.append(codes.flatten().cpu())
@@ -110,7 +148,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         KeyboardInterrupt: after saving, when the user interrupted.
     """
     run_dir, folder = Path(config.run_dir), Path(config.out)
-    vae_shape_check(config)
+    _check_sizes(config)
     train_corpus = config.data.open("train")
     finished = stage.begin(run_dir, config, inputs={"corpus": train_corpus.fingerprint()})
     if finished is not None and _is_exported(folder, finished["sha256"]):
@@ -125,12 +163,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     model = DiscreteVAE(config.model)
     batch_size = config.trainer.batch_size
     validation = [
-        {"images": torch.from_numpy(validation_images[b.start : b.stop])}
+        {"images": torch.from_numpy(validation_images[b.start : b.stop].copy())}
         for b in list(batches(len(validation_images), batch_size))[:_VALIDATION_BATCHES]
     ]
     result = run_training(
         DiscreteVAELit(model, optim=config.optim, schedule=config.schedule),
-        ImageBatches(images, flip=config.flip),
+        ImageBatches(images, flip=config.flip, crop=config.crop, crop_candidates=config.crop_candidates),
         name="dvae",
         config=config.trainer,
         optim=config.optim,
@@ -157,8 +195,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return finished
 
 
-def vae_shape_check(config: TrainConfig) -> None:
-    """Raises UserError if the image sides are not divisible by the downsampling factor."""
+def _check_sizes(config: TrainConfig) -> None:
     height, width = config.data.image_size
     f = config.model.downsampling
     if height % f or width % f:
@@ -166,6 +203,10 @@ def vae_shape_check(config: TrainConfig) -> None:
             f"data.image_size must be divisible by {f} (patch_size {config.model.patch_size}, "
             f"{len(config.model.widths)} resolutions); got {height}x{width}"
         )
+    if config.crop is not None and (config.crop % f or not 0 < config.crop <= min(height, width)):
+        raise UserError(f"crop must be a multiple of {f} of at most {min(height, width)} pixels; got {config.crop}")
+    if config.crop_candidates < 1:
+        raise UserError(f"crop_candidates must be at least 1; got {config.crop_candidates}")
 
 
 def _is_exported(folder: Path, sha256: str) -> bool:

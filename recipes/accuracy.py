@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dvae.lit import to_float
 from dvae.model import DiscreteVAE
+from dvae.pixels import to_float
 from sampling.pipeline import GeneratedImage, Pipeline
 from tessera.data.scenes import PROMPT_CLASSES, Pairs, Prompt, SceneSpec, render, sample_prompts, sample_scene
 from tessera.data.scenes_parser import satisfies
@@ -32,7 +32,7 @@ TUNING_SEED = 31_337
 # Fewer pictures are read sooner than worker processes start.
 _WORTH_PROCESSES = 600
 _PROMPTS_AT_ONCE = 24
-_RENDERS = 600
+_AT_ONCE = 64
 
 
 class Judged(NamedTuple):
@@ -46,8 +46,11 @@ class Judged(NamedTuple):
     """[N], in the same order."""
 
 
+Judge = Callable[[Sequence[NDArray[np.uint8]], Sequence[SceneSpec]], NDArray[np.bool_]]
+
+
 @contextmanager
-def judge(num_pictures: int) -> Iterator[Callable[[Sequence[NDArray[np.uint8]], Sequence[SceneSpec]], NDArray[np.bool_]]]:
+def judge(num_pictures: int) -> Iterator[Judge]:
     """Gives a function from pictures uint8 [H, W, 3] and their specs to verdicts, spread over the cores if it pays."""
     if num_pictures < _WORTH_PROCESSES or usable_cores() < 2:
         yield lambda pictures, specs: _verdicts(map(satisfies, pictures, specs))
@@ -104,7 +107,7 @@ def judge_prompts(
 
 
 def interleaved_prompts(count: int, *, seed: int) -> list[tuple[Pairs, Prompt]]:
-    """`count` prompts of each split, in turns, so that any beginning of the list holds as many of one as of the other."""
+    """`count` prompts of each split, in turns: any beginning of the list holds about as many of one as of the other."""
     seen, unseen = (sample_prompts(count, seed=seed, pairs=pairs) for pairs in SPLITS)
     prompts: list[tuple[Pairs, Prompt]] = []
     for span in batches(count, _PROMPTS_AT_ONCE):
@@ -121,9 +124,7 @@ def tally(results: Sequence[Judged], share: Callable[[Judged], float]) -> dict[s
         cells = {"all": of_split}
         for name in PROMPT_CLASSES:
             cells[name] = [result for result in of_split if result.prompt.spec.prompt_class == name]
-        table[pairs] = {
-            name: round(sum(map(share, cell)) / len(cell), 4) for name, cell in cells.items() if cell
-        }
+        table[pairs] = {name: round(sum(map(share, cell)) / len(cell), 4) for name, cell in cells.items() if cell}
     return table
 
 
@@ -146,26 +147,23 @@ def fresh_scenes(
     count: int, *, seed: int, pairs: Pairs, image_size: tuple[int, int]
 ) -> tuple[NDArray[np.uint8], list[SceneSpec]]:
     """Ground-truth renders that no model was trained on: images uint8 [count, H, W, 3] and what they show."""
-    scenes = [
-        sample_scene(seed, index, pairs=pairs, stream="prompts", image_size=image_size)
-        for index in range(count)
-    ]
+    scenes = [sample_scene(seed, index, pairs=pairs, stream="prompts", image_size=image_size) for index in range(count)]
     return np.stack([render(scene, image_size) for _, scene in scenes]), [spec for spec, _ in scenes]
 
 
 def judge_reconstructions(
-    vae: DiscreteVAE, *, seed: int, image_size: tuple[int, int], precision: Precision, count: int = _RENDERS
+    vae: DiscreteVAE, *, seed: int, image_size: tuple[int, int], precision: Precision, count: int
 ) -> dict[str, float]:
-    """Parser accuracy on fresh renders, and on what the dVAE makes of them, half of them with unseen pairs.
+    """Parser accuracy on fresh renders, and on what the dVAE makes of them: `count` of seen, as many of unseen pairs.
 
     Returns:
         renders, reconstructions, reconstructions_seen and reconstructions_unseen, each in [0, 1].
     """
     figures: dict[str, float] = {}
     renders = []
-    with judge(2 * count) as verdicts:
+    with judge(4 * count) as verdicts:
         for pairs in SPLITS:
-            images, specs = fresh_scenes(count // 2, seed=seed, pairs=pairs, image_size=image_size)
+            images, specs = fresh_scenes(count, seed=seed, pairs=pairs, image_size=image_size)
             renders.append(float(verdicts(list(images), specs).mean()))
             remade = reconstruct(vae, images, precision=precision)
             figures[f"reconstructions_{pairs}"] = round(float(verdicts(list(remade), specs).mean()), 4)
@@ -175,12 +173,28 @@ def judge_reconstructions(
 
 def reconstruct(vae: DiscreteVAE, images: NDArray[np.uint8], *, precision: Precision) -> NDArray[np.uint8]:
     """What is left of images uint8 [N, H, W, 3] after encoding and decoding."""
+    return decode_grids(vae, encode_images(vae, images, precision=precision), precision=precision)
+
+
+def encode_images(vae: DiscreteVAE, images: NDArray[np.uint8], *, precision: Precision) -> NDArray[np.int64]:
+    """The codes int64 [N, h, w] of images uint8 [N, H, W, 3]."""
     device = next(vae.parameters()).device
     parts = []
-    for span in batches(len(images), 64):
+    for span in batches(len(images), _AT_ONCE):
         with torch.inference_mode(), autocast(precision, device):
-            original = to_float(torch.from_numpy(images[span.start : span.stop])).to(device)
-            pixels = vae.decode(vae.encode(original))
+            # copied: torch warns of arrays that it may not write, such as mapped ones
+            original = to_float(torch.from_numpy(images[span.start : span.stop].copy())).to(device)
+            parts.append(vae.encode(original).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def decode_grids(vae: DiscreteVAE, codes: NDArray[np.integer], *, precision: Precision) -> NDArray[np.uint8]:
+    """The images uint8 [N, H, W, 3] of codes [N, h, w] of any integer type."""
+    device = next(vae.parameters()).device
+    parts = []
+    for span in batches(len(codes), _AT_ONCE):
+        with torch.inference_mode(), autocast(precision, device):
+            pixels = vae.decode(torch.from_numpy(codes[span.start : span.stop].astype(np.int64)).to(device))
         parts.append((pixels.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(parts)
 

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dvae.lit import to_float
 from dvae.train import measure
 from recipes.accuracy import (
     TUNING_SEED,
     Judged,
     best,
+    encode_images,
     interleaved_prompts,
     judge_prompts,
     judge_reconstructions,
@@ -32,22 +32,26 @@ from recipes.accuracy import (
     single,
     tally,
 )
-from sampling.arguments import OneLineParser, add_hardware_arguments
+from sampling.arguments import OneLineParser, add_device_argument, add_precision_argument
 from sampling.pipeline import Pipeline
+from scorer.model import TrainedScorer
+from scorer.train import measure as measure_scorer
 from tessera.atomic_write import atomic_write
 from tessera.data.config import DataConfig
 from tessera.data.corpus import Corpus
 from tessera.data.shards import batches
 from tessera.errors import UserError, run_command
 from tessera.model_folder import short_sha256
-from tessera.precision import autocast, describe_hardware, versions
+from tessera.precision import describe_hardware, versions
 from transformer.lit import prior_loss
 
 # N images, T text positions, I image positions.
 
 _MEASURED_IMAGES = 1_000
 _PRIOR_IMAGES = 256
-_RETRIEVED = 64
+_RETRIEVED = 500
+_GROUP_SIZE = 8
+_RENDERS = 300  # of each split, or as many as there are prompts
 _SHOWN_RECONSTRUCTIONS = 8
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -112,18 +116,22 @@ def evaluate(
         figures["dvae"] = measure(pipeline.vae, images, precision=precision)
         originals = images[:_SHOWN_RECONSTRUCTIONS]
         remade = reconstruct(pipeline.vae, originals, precision=pipeline.precision)
-        codes = _encode(pipeline, originals)
+        codes = encode_images(pipeline.vae, originals, precision=pipeline.precision)
     with phase("prior"):
         figures["prior"] = measure_prior(pipeline, corpus, images[:_PRIOR_IMAGES])
-    if pipeline.scorer is not None:
+    if isinstance(pipeline.scorer, TrainedScorer):
         with phase("scorer"):
-            figures["scorer"] = measure_scorer(pipeline, corpus, images[:_RETRIEVED])
+            figures["scorer"] = _scorer_figures(pipeline.scorer, corpus, images[:_RETRIEVED])
     judged: list[Judged] = []
     if corpus.name == "scenes":
         with phase("reconstructions"):
             # another seed than the prompts': these are pictures, those are sentences about pictures never drawn
             accuracy: dict[str, Any] = judge_reconstructions(
-                pipeline.vae, seed=seed + 1, image_size=image_size, precision=pipeline.precision
+                pipeline.vae,
+                seed=seed + 1,
+                image_size=image_size,
+                precision=pipeline.precision,
+                count=min(_RENDERS, prompts),
             )
         with phase("sampling"):
             judged = judge_prompts(
@@ -159,7 +167,7 @@ def measure_prior(pipeline: Pipeline, corpus: Corpus, images: NDArray[np.uint8])
     under one's own, which is zero for a prior that does not read."""
     captions = [corpus.captions(index)[0] for index in range(len(images))]
     text_ids = pipeline.text_ids(captions)  # [N, T]
-    codes = torch.from_numpy(_encode(pipeline, images)).flatten(1)  # [N, I]
+    codes = torch.from_numpy(encode_images(pipeline.vae, images, precision=pipeline.precision)).flatten(1)  # [N, I]
     others = text_ids.roll(1, dims=0)
     totals = np.zeros(3)
     for span in batches(len(images), 32):
@@ -174,27 +182,16 @@ def measure_prior(pipeline: Pipeline, corpus: Corpus, images: NDArray[np.uint8])
     return {"text_loss": round(text, 4), "image_loss": round(image, 4), "caption_gap": round(shuffled - image, 4)}
 
 
-def measure_scorer(pipeline: Pipeline, corpus: Corpus, images: NDArray[np.uint8]) -> dict[str, float]:
-    """How often, among the captions of so many images, the scorer gives an image's own caption its best score.
-
-    Images whose captions are the same text count as found when either is.
-    """
-    captions = [corpus.captions(index)[0] for index in range(len(images))]
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()  # [N, 3, H, W]
-    scores = torch.stack([pipeline.score(pixels, caption) for caption in captions], dim=1)  # [N images, N captions]
-    chosen = scores.argmax(dim=1).tolist()
-    found = sum(captions[place] == captions[index] for index, place in enumerate(chosen))
-    return {"recall_at_1": round(found / len(images), 4), "among": len(images)}
-
-
-def _encode(pipeline: Pipeline, images: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Codes int64 [N, h, w] of images uint8 [N, H, W, 3]."""
-    parts = []
-    for span in batches(len(images), 64):
-        with torch.inference_mode(), autocast(pipeline.precision, pipeline.device):
-            original = to_float(torch.from_numpy(np.ascontiguousarray(images[span.start : span.stop])))
-            parts.append(pipeline.vae.encode(original.to(pipeline.device)).cpu().numpy())
-    return np.concatenate(parts)
+def _scorer_figures(scorer: TrainedScorer, corpus: Corpus, images: NDArray[np.uint8]) -> dict[str, float]:
+    """Retrieval of an image's own caption among all of them, and choices among look-alikes."""
+    captions = [corpus.captions(index) for index in range(len(images))]
+    found = measure_scorer(scorer, images, captions, group_size=min(_GROUP_SIZE, len(images)))
+    return {
+        "recall_at_1": round(found["image_to_text"], 4),
+        "recall_at_1_text_to_image": round(found["text_to_image"], 4),
+        "among": len(images),
+        "look_alike_accuracy": round(found["look_alike_accuracy"], 4),
+    }
 
 
 def summary_lines(figures: dict[str, Any]) -> list[str]:
@@ -211,7 +208,11 @@ def summary_lines(figures: dict[str, Any]) -> list[str]:
             f"caption gap {prior['caption_gap']:.3f}"
         )
     if "scorer" in figures:
-        lines.append(f"scorer  recall@1 {figures['scorer']['recall_at_1']:.1%} among {figures['scorer']['among']}")
+        scorer = figures["scorer"]
+        lines.append(
+            f"scorer  recall@1 {scorer['recall_at_1']:.1%} among {scorer['among']} captions, "
+            f"{scorer['look_alike_accuracy']:.1%} right among look-alikes"
+        )
     if "accuracy" in figures:
         lines += ["", *accuracy_lines(figures["accuracy"])]
     return lines
@@ -266,17 +267,18 @@ def _parser() -> OneLineParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as one JSON object")
     parser.add_argument(
-        "--prompts", type=int, default=300, metavar="N", help="scenes: prompts of each split, seen and unseen (default: 300)"
+        "--prompts", type=int, default=300, metavar="N", help="scenes: prompts of each split (default: 300)"
     )
     parser.add_argument(
         "--best-of", type=int, default=16, metavar="N", help="scenes: candidates per prompt (default: 16)"
     )
     parser.add_argument(
-        "--minutes", type=float, metavar="M", help="scenes: begin no more prompts after so many minutes (default: no limit)"
+        "--minutes", type=float, metavar="M", help="scenes: begin no more prompts after this time (default: no limit)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and drawing, from 0 (default: 0)")
     parser.add_argument("--font", metavar="FILE", help="emoji: color font; searched for by default")
-    add_hardware_arguments(parser)
+    add_device_argument(parser)
+    add_precision_argument(parser)
     return parser
 
 

@@ -5,7 +5,7 @@ Everything here is a pure function; what has to be measured is measured in `reci
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from dvae.encode import EncodeConfig
@@ -25,18 +25,22 @@ STAGES = ("dvae", "encode", "prior", "scorer", "tuning")
 # Shares of the training budget. What is left over is slack for what no stage accounts for: imports, saving, the card.
 _SHARES = {"dvae": 0.24, "encode": 0.05, "prior": 0.52, "scorer": 0.10, "tuning": 0.06}
 
-# Beyond so many passes a model only learns its images by heart; a few images still need some steps to be learned at all.
+# Beyond so many passes a model only learns its images by heart; a few images still need some steps to be learned.
 _MOST_EPOCHS = 400
 _LEAST_STEPS = 300
 # Steps end the schedule, seconds interrupt it: aiming higher than measured lets the clock decide on a machine that
 # speeds up, and costs nothing on one that slows down.
-_STEP_HEADROOM = 1.15
-# Measured products are the best case; GPUs spend much of a small model's step on everything else.
-_UTILIZATION = {"cpu": 1.0, "cuda": 0.3}
+STEP_HEADROOM = 1.3
+# Measured products are the best case; a small model's step spends much of its time on everything else.
+_UTILIZATION = {"cpu": 0.4, "cuda": 0.3}
 _MOST_CODES = {"cpu": 256, "cuda": 1024}
 _WORDS_TO_TOKENS = 1.6
 _GIB = 2**30
 _PROCESS_GIB = 1.2  # Python with torch and lightning
+# Judging a model takes so long before the first image is drawn, and at most this share of the budget in all.
+_EVALUATION_START_SECONDS = 20.0
+_MOST_EVALUATION = 0.25
+_PARSER_SECONDS = 0.004
 
 
 class DVAERow(NamedTuple):
@@ -64,22 +68,27 @@ class PriorRow(NamedTuple):
 
 
 # Smallest first; the largest row that the budget can train for `least_steps` is taken, the first one whatever happens.
+# On a CPU the number of samples seen decides, and passes over memory cost more than products: rows are narrow and deep,
+# and batches small.
 DVAE_ROWS = (
-    DVAERow((48, 96), (1, 2), 32, 3e-3, 0, 0),
-    DVAERow((64, 160), (1, 3), 32, 3e-3, 300, 0),
-    DVAERow((96, 192), (2, 3), 64, 2e-3, 4_000, 2_000),
-    DVAERow((128, 384), (2, 4), 128, 1e-3, 10_000, 50_000),
+    DVAERow((48, 96), (1, 2), 48, 3e-3, 0, 0),
+    DVAERow((64, 128), (1, 3), 48, 3e-3, 600, 0),
+    DVAERow((96, 192), (2, 3), 64, 2e-3, 8_000, 2_000),
+    DVAERow((128, 384), (2, 4), 128, 1e-3, 20_000, 50_000),
 )
 _ROWS_THEN_FULL: tuple[MaskKind, ...] = ("row", "column", "row", "full")
 PRIOR_ROWS = (
-    PriorRow(128, 4, 4, _ROWS_THEN_FULL, 64, 3e-3, 0, 0),
-    PriorRow(256, 6, 4, _ROWS_THEN_FULL, 64, 3e-3, 300, 0),
-    PriorRow(384, 8, 6, _ROWS_THEN_FULL, 64, 2e-3, 4_000, 2_000),
+    PriorRow(128, 6, 2, _ROWS_THEN_FULL, 32, 5e-3, 0, 0),
+    PriorRow(192, 6, 3, _ROWS_THEN_FULL, 32, 4e-3, 2_000, 0),
+    PriorRow(256, 8, 4, _ROWS_THEN_FULL, 64, 3e-3, 5_000, 2_000),
     PriorRow(512, 12, 8, _ROWS_THEN_FULL, 256, 1.5e-3, 6_000, 10_000),  # 50 M parameters with its embeddings
     PriorRow(1024, 24, 16, _ROWS_THEN_FULL, 256, 6e-4, 20_000, 100_000),  # 350 M
 )
-# Few images fill few codes: (images from which on, levels).
-CODEBOOKS = ((0, (8, 5, 5, 5)), (2_000, (8, 8, 8, 6, 5)))
+# A small prior does better with a small codebook, and few images fill few codes: (images from which on, levels).
+CODEBOOKS = ((0, (8, 5, 5, 5)), (200_000, (8, 8, 8, 6, 5)))
+# Compiling takes about half a minute on two cores and makes a step on a CPU a third faster.
+_COMPILE_FROM_SECONDS = 150.0
+COMPILED_SPEEDUP = 1.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +117,8 @@ class Machine:
     """measured floating-point operations per second of a large matrix product in the precision of training"""
     precision: str
     """bf16 or fp32"""
+    can_compile: bool = False
+    """whether torch.compile has what it needs: on CPUs a C++ compiler"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,12 +230,17 @@ def draft(data: DataConfig, facts: DataFacts, machine: Machine, *, minutes: floa
             model=vae,
             optim=OptimizerConfig(learning_rate=vae_row.learning_rate),
             trainer=replace(base, batch_size=_batch(vae_row.batch_size, facts)),
+            crop=crop_for(facts.image_size, vae),
         ),
         encode=EncodeConfig(device=device),
         prior=PriorTrainConfig(
             model=_prior_config(prior_row, layout),
             optim=OptimizerConfig(learning_rate=prior_row.learning_rate),
-            trainer=replace(base, batch_size=_batch(prior_row.batch_size, facts)),
+            trainer=replace(
+                base,
+                batch_size=_batch(prior_row.batch_size, facts),
+                compile=machine.can_compile and budget["prior"] >= _COMPILE_FROM_SECONDS,
+            ),
         ),
         scorer=replace(
             ScorerTrainConfig(), trainer=replace(base, batch_size=_batch(ScorerTrainConfig().trainer.batch_size, facts))
@@ -253,16 +269,18 @@ def timed(plan: Plan, facts: DataFacts, speed: Speed, *, evaluation_images: int 
         speed: measured with models of these sizes.
         evaluation_images: how many images will be drawn afterwards to judge the model, within the same budget.
     """
-    wanted = evaluation_images * evaluation_seconds_per_image(speed)
-    plan = replace(plan, speed=speed, evaluation_seconds=min(wanted, 0.25 * plan.minutes * 60))
+    wanted = evaluation_images * evaluation_seconds_per_image(speed) + _EVALUATION_START_SECONDS
+    set_aside = min(wanted, _MOST_EVALUATION * plan.minutes * 60) if evaluation_images else 0.0
+    plan = replace(plan, speed=speed, evaluation_seconds=round(set_aside, 1))
     budget = stage_seconds(plan.training_seconds)
+    prior_step = speed.prior_step / (COMPILED_SPEEDUP if plan.prior.trainer.compile else 1.0)
     return replace(
         plan,
         dvae=replace(
             plan.dvae, trainer=with_steps(plan.dvae.trainer, facts.num_images, speed.dvae_step, budget["dvae"])
         ),
         prior=replace(
-            plan.prior, trainer=with_steps(plan.prior.trainer, facts.num_images, speed.prior_step, budget["prior"])
+            plan.prior, trainer=with_steps(plan.prior.trainer, facts.num_images, prior_step, budget["prior"])
         ),
         scorer=replace(
             plan.scorer, trainer=with_steps(plan.scorer.trainer, facts.num_images, speed.scorer_step, budget["scorer"])
@@ -272,12 +290,12 @@ def timed(plan: Plan, facts: DataFacts, speed: Speed, *, evaluation_images: int 
 
 def evaluation_seconds_per_image(speed: Speed) -> float:
     """What it takes to draw an image with guidance, score it and let a parser read it."""
-    return 2 * speed.image + 0.004
+    return 2 * speed.image + _PARSER_SECONDS
 
 
 def with_steps(trainer: TrainerConfig, num_images: int, step_seconds: float, seconds: float) -> TrainerConfig:
     """The trainer's settings for a stage of so many seconds: steps, budget, and how often it logs and validates."""
-    affordable = _STEP_HEADROOM * seconds / max(step_seconds, 1e-6)
+    affordable = STEP_HEADROOM * seconds / max(step_seconds, 1e-6)
     useful = max(_LEAST_STEPS, _MOST_EPOCHS * num_images / trainer.batch_size)
     steps = max(1, int(min(affordable, useful)))
     return replace(
@@ -287,6 +305,13 @@ def with_steps(trainer: TrainerConfig, num_images: int, step_seconds: float, sec
         log_every_steps=max(1, min(10, steps // 40)),
         validate_every_steps=max(1, steps // 10),
     )
+
+
+def crop_for(image_size: tuple[int, int], vae: DiscreteVAEConfig) -> int | None:
+    """Side of the crops that the dVAE trains on: about half the shorter side, None if that is less than three codes."""
+    f = vae.downsampling
+    side = f * round(min(image_size) / 2 / f)
+    return side if side >= 3 * f else None
 
 
 def check_image_size(image_size: tuple[int, int], vae: DiscreteVAEConfig) -> None:
@@ -365,7 +390,9 @@ def peak_memory_gib(plan: Plan, facts: DataFacts) -> float:
     """Estimate of the peak memory of the whole fit, with the process itself."""
     return _PROCESS_GIB + max(
         dvae_memory_gib(plan.dvae.model, facts.image_size, plan.dvae.trainer.batch_size),
-        prior_memory_gib(replace(plan.prior.model, layout=layout_for(facts, plan.dvae.model)), plan.prior.trainer.batch_size),
+        prior_memory_gib(
+            replace(plan.prior.model, layout=layout_for(facts, plan.dvae.model)), plan.prior.trainer.batch_size
+        ),
     )
 
 
@@ -386,8 +413,3 @@ def _prior_config(row: PriorRow, layout: SequenceLayout) -> PriorConfig:
 
 def _batch(batch_size: int, facts: DataFacts) -> int:
     return min(batch_size, max(4, facts.num_images))
-
-
-def section_names() -> tuple[str, ...]:
-    """The plan's keys that overrides may begin with."""
-    return tuple(field.name for field in fields(Plan))

@@ -1,6 +1,7 @@
 """How fast this machine is: a matrix product, and a few real training steps of throwaway models."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 from dvae.losses import pixel_loss
 from dvae.model import DiscreteVAE
 from recipes.plan import DataFacts, Machine, Plan, Speed, layout_for
+from scorer.lit import scorer_loss
+from scorer.model import ClipScorer
 from tessera.precision import autocast, describe_hardware, resolve_device, resolve_precision
+from tessera.training.memory import reuse_freed_memory
 from tessera.training.optim import OptimizerConfig, build_optimizer
 from transformer.lit import prior_loss
 from transformer.model import Prior
@@ -37,6 +41,7 @@ def measure_machine(device: str = "auto", precision: str = "auto") -> Machine:
         memory_gib=float((hardware["gpu_memory_gib"] if on_gpu else hardware["memory_gib"]) or 8.0),
         flops=2 * side**3 / seconds,
         precision=format_.name,
+        can_compile=on_gpu or any(shutil.which(name) for name in ("c++", "g++", "clang++")),
     )
 
 
@@ -48,17 +53,20 @@ def measure_speed(plan: Plan, facts: DataFacts, *, seconds: float) -> Speed:
         facts: about the corpus.
         seconds: about how long all of this may take.
     """
-    dvae_step = _dvae_step_seconds(plan, facts, budget=0.4 * seconds)
-    prior_step, image = _prior_seconds(plan, facts, budget=0.6 * seconds)
-    # The scorer's step was measured against the dVAE's at its default sizes; its clock ends it in time in any case.
-    return Speed(dvae_step=dvae_step, prior_step=prior_step, scorer_step=dvae_step, image=image)
+    if resolve_device(plan.prior.trainer.device).type == "cpu":
+        reuse_freed_memory()
+    dvae_step = _dvae_step_seconds(plan, facts, budget=0.3 * seconds)
+    prior_step, image = _prior_seconds(plan, facts, budget=0.5 * seconds)
+    scorer_step = _scorer_step_seconds(plan, facts, budget=0.2 * seconds)
+    return Speed(dvae_step=dvae_step, prior_step=prior_step, scorer_step=scorer_step, image=image)
 
 
 def _dvae_step_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> float:
     device = resolve_device(plan.dvae.trainer.device)
     precision = resolve_precision(plan.dvae.trainer.precision, device)
     model = DiscreteVAE(plan.dvae.model).to(device)
-    images = torch.rand(plan.dvae.trainer.batch_size, 3, *facts.image_size, device=device)  # [B, 3, H, W]
+    size = (plan.dvae.crop, plan.dvae.crop) if plan.dvae.crop else facts.image_size
+    images = torch.rand(plan.dvae.trainer.batch_size, 3, *size, device=device)  # [B, 3, H, W]
 
     def loss() -> Tensor:
         with autocast(precision, device):
@@ -104,6 +112,37 @@ def _prior_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> tuple[floa
             vae.decode(grids)
 
     return step_seconds, layout.image_len * token_seconds + _median_seconds(decode, device, budget=0.1 * budget) / 16
+
+
+def _scorer_step_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> float:
+    device = resolve_device(plan.scorer.trainer.device)
+    precision = resolve_precision(plan.scorer.trainer.precision, device)
+    layout = layout_for(facts, plan.dvae.model)
+    config = replace(
+        plan.scorer.model,
+        image_size=facts.image_size,
+        text_len=layout.text_len,
+        text_vocab_size=layout.text_vocab_size,
+    )
+    model = ClipScorer(config).to(device)
+    group_size = min(plan.scorer.group_size, facts.num_images)
+    rows = max(1, plan.scorer.trainer.batch_size // group_size) * group_size
+    images = torch.rand(rows, 3, *facts.image_size, device=device)  # [B, 3, H, W]
+    text_ids = torch.randint(layout.text_vocab_size, (rows, layout.text_len), device=device)  # [B, T]
+    not_negative = torch.zeros(rows, rows, dtype=torch.bool, device=device)  # [B, B]
+
+    def loss() -> Tensor:
+        with autocast(precision, device):
+            return scorer_loss(
+                model,
+                images,
+                text_ids,
+                not_negative,
+                group_size=group_size,
+                contrastive_weight=plan.scorer.contrastive_weight,
+            ).total
+
+    return _median_seconds(_training_step(model, loss, plan.scorer.optim), device, budget=budget)
 
 
 def _training_step(model: nn.Module, loss: Callable[[], Tensor], optim: OptimizerConfig) -> Callable[[], None]:

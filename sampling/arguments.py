@@ -22,7 +22,10 @@ class OneLineParser(argparse.ArgumentParser):
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """Add --device."""
     parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... (default: auto, a GPU if there is one)"
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto, cpu, cuda, cuda:1 (default: auto, a GPU if there is one)",
     )
 
 
@@ -40,7 +43,10 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sampling settings; a flag that is not given leaves the model's own default in force."""
     group = parser.add_argument_group("sampling (defaults: the model's own, tuned when it was trained)")
     group.add_argument(
-        "--temperature", type=float, metavar="TAU", help="number >= 0; 0 takes the most likely code every time, 1 is neutral"
+        "--temperature",
+        type=float,
+        metavar="TAU",
+        help="number >= 0; 0 takes the likeliest code every time, 1 is neutral",
     )
     group.add_argument("--top-k", type=int, metavar="K", help="keep the K most likely codes, integer >= 0; 0 keeps all")
     group.add_argument(

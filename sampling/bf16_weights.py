@@ -13,7 +13,7 @@ from torch.nn import functional as F
 class Bf16Linear(nn.Linear):
     """A linear layer with bf16 weights: input rounded to bf16, output in the input's dtype."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
+    def forward(self, input: Tensor) -> Tensor:
         return F.linear(input.to(self.weight.dtype), self.weight, self.bias).to(input.dtype)
 
 

@@ -17,10 +17,13 @@ from torch import Tensor
 from sampling import logits as logit_functions
 from sampling.random_stream import uniforms
 from tessera.errors import UserError
+from tessera.precision import usable_memory_bytes
 from transformer.cache import KVCache
 from transformer.model import Prior
 
-DEFAULT_MAX_ROWS = 256  # rows of one forward; cache and logits grow with it, speed on a CPU no longer does
+MAX_ROWS_CPU = 256  # beyond it cache and logits grow, and speed no longer does
+MAX_ROWS_GPU = 1024
+CACHE_SHARE = 8  # the cache of one forward takes at most one part in so many of the memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +94,7 @@ def sample_codes(
     seeds: Tensor,
     image_index: Tensor,
     forced: Forced | None = None,
-    max_rows: int = DEFAULT_MAX_ROWS,
+    max_rows: int | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Sampled:
     """Draw the codes of B images.
@@ -103,7 +106,7 @@ def sample_codes(
         seeds: int64 [B], >= 0.
         image_index: int64 [B], >= 0: which candidate of its prompt and seed an image is.
         forced: codes to keep where their mask is true; None draws all.
-        max_rows: most rows in one forward, >= 1 (guidance takes two rows per image).
+        max_rows: most rows in one forward, >= 1 (guidance takes two rows per image); None takes `rows_that_fit`.
         on_step: called after each position of each micro-batch.
 
     Returns:
@@ -115,6 +118,8 @@ def sample_codes(
     device = next(prior.parameters()).device
     batch_size, image_len = text_ids.shape[0], prior.layout.image_len
     _check_inputs(prior, text_ids, seeds, image_index, forced)
+    if max_rows is None:
+        max_rows = rows_that_fit(prior)
     if max_rows < 1:
         raise UserError(f"max_rows is {max_rows}, expected at least 1")
     text_ids = text_ids.to(device)
@@ -192,6 +197,18 @@ def _prefill(prior: Prior, text_ids: Tensor, *, guided: bool) -> tuple[KVCache, 
     cache = prior.new_cache(prompts.shape[0], dtype=next(prior.parameters()).dtype)
     logits = prior.prefill(prompts, cache)  # [P, K]
     return cache.expand(row_prompt), logits[row_prompt]
+
+
+def rows_that_fit(prior: Prior) -> int:
+    """How many rows one forward should hold: enough to keep the hardware busy, bounded by the memory of the cache."""
+    parameter = next(prior.parameters())
+    config = prior.config
+    bytes_per_row = 2 * config.depth * config.dim * prior.layout.seq_len * parameter.element_size()
+    if parameter.device.type == "cuda":
+        memory_bytes, most = torch.cuda.get_device_properties(parameter.device).total_memory, MAX_ROWS_GPU
+    else:
+        memory_bytes, most = usable_memory_bytes(), MAX_ROWS_CPU
+    return max(2, min(most, memory_bytes // CACHE_SHARE // bytes_per_row))
 
 
 def filter_logits(logits: Tensor, settings: SamplingSettings) -> Tensor:

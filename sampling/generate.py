@@ -1,10 +1,9 @@
 """`tessera generate`: prompts in, PNG files that say how they were made out.
 
-    tessera generate my-model "a red star left of a blue ring" -n 4 --best-of 32 --seed 7 --out out/
+tessera generate my-model "a red star left of a blue ring" -n 4 --best-of 32 --seed 7 --out out/
 """
 
 import argparse
-import dataclasses
 import json
 import re
 import sys
@@ -213,12 +212,12 @@ def _prompts(given: Sequence[str], prompts_file: str | None) -> list[str]:
         except UnicodeDecodeError as error:
             raise UserError(f"{prompts_file} is not a UTF-8 text file: expected one prompt per line") from error
         except OSError as error:
-            raise UserError(f"{prompts_file}: {error.strerror}; expected a text file with one prompt per line") from error
+            raise UserError(f"{prompts_file}: {error.strerror}; expected a file with one prompt per line") from error
         prompts.extend(line for line in lines if line.strip())
         if not prompts:
             raise UserError(f"{prompts_file} has no prompt: expected one per line")
     if not prompts:
-        raise UserError('no prompt given: expected some text in quotes, or --prompts-file FILE ("" draws without a prompt)')
+        raise UserError('no prompt given: expected text in quotes, or --prompts-file FILE ("" draws without a prompt)')
     return prompts
 
 
@@ -240,7 +239,7 @@ def _progress(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        redirect_stdout=False,
+        redirect_stdout=sys.stdout.isatty(),  # through the bar on a terminal, untouched into a pipe
         disable=not console.is_terminal,
     )
 
@@ -253,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
         "(text chunks `tessera`, JSON, and `parameters`).",
     )
     parser.add_argument("model", metavar="MODEL", help="a model folder, as `tessera fit` writes it")
-    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help='what to draw, in quotes; "" draws without a prompt')
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help='what to draw, in quotes; "" is no prompt')
     parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, UTF-8 text, one per line")
     parser.add_argument("-n", type=int, default=1, metavar="N", help="images per prompt (default: %(default)s)")
     parser.add_argument(

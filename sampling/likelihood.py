@@ -26,8 +26,8 @@ def likelihood_ratio(prior: Prior, codes: Tensor, text_ids: Tensor, *, max_rows:
         max_rows: most images in one forward (each takes two rows); fewer where the logits would be too large.
 
     Returns:
-        log p(codes | text) - log p(codes | empty caption) in nats, float64 [B], on the prior's device. A row's value does
-        not depend on the other rows.
+        log p(codes | text) - log p(codes | empty caption) in nats, float64 [B], on the prior's device. A row's value
+        does not depend on the other rows.
 
     Raises:
         UserError: shapes do not fit the prior.

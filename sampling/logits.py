@@ -39,7 +39,7 @@ def check_min_p(value: float) -> None:
 def check_guidance(value: float) -> None:
     """Raise UserError unless `value` is a finite number >= 0 (0 is unconditional, 1 is conditional)."""
     if not (math.isfinite(value) and value >= 0):
-        raise UserError(f"guidance is {value}, expected a number >= 0 (0 ignores the prompt, 1 is off, 2 to 5 is strong)")
+        raise UserError(f"guidance is {value}, expected a number >= 0 (0 ignores the prompt, 1 is off)")
 
 
 def guidance(conditional: Tensor, unconditional: Tensor, *, weight: float) -> Tensor:
@@ -176,8 +176,7 @@ def choose(logits: Tensor, uniform: Tensor) -> Tensor:
         Codes, int64 [B].
     """
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # [B, K]
-    total = cumulative[:, -1]  # 1 up to float32 rounding
-    # u * total may round up to total, whose place would be one past the end.
-    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    # The sum is 1 only up to float32 rounding. With uniform <= 1 - 2^-53 the product stays below it in float64, too.
+    target = uniform * cumulative[:, -1]
     codes = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
     return codes.clamp_(max=logits.shape[-1] - 1)  # only NaN logits reach K; the decode loop reports them

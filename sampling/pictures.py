@@ -19,6 +19,8 @@ FONT_PIXELS = 15
 TITLE_FONT_PIXELS = 22
 MAX_CAPTION_LINES = 4
 MAX_SIDE_PIXELS = 16_000  # most viewers and the web refuse larger pictures
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 _BACKGROUND = (250, 250, 248)
 _FRAME = (222, 222, 218)
 _TEXT = (38, 38, 42)
@@ -137,7 +139,7 @@ def before_after_sheet(
     return contact_sheet(tiles, columns=4 if len(pairs) >= 8 else 2, tile_pixels=tile_pixels, title=title)
 
 
-def wrap(text: str, width_pixels: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, *, max_lines: int) -> list[str]:
+def wrap(text: str, width_pixels: int, font: Font, *, max_lines: int) -> list[str]:
     """Break text into lines no wider than `width_pixels`; an ellipsis ends the last one where text is left over."""
     lines: list[str] = []
     current = ""
@@ -150,7 +152,9 @@ def wrap(text: str, width_pixels: int, font: ImageFont.FreeTypeFont | ImageFont.
             lines.append(current)
         current = word
         while font.getlength(current) > width_pixels and len(current) > 1:  # a word wider than the image is cut
-            cut = next(n for n in range(len(current) - 1, 0, -1) if n == 1 or font.getlength(current[:n]) <= width_pixels)
+            cut = len(current) - 1
+            while cut > 1 and font.getlength(current[:cut]) > width_pixels:
+                cut -= 1
             lines.append(current[:cut])
             current = current[cut:]
     if current:
@@ -163,9 +167,7 @@ def wrap(text: str, width_pixels: int, font: ImageFont.FreeTypeFont | ImageFont.
     return lines
 
 
-def _tile_lines(
-    tile: Tile, width_pixels: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
-) -> list[tuple[str, tuple[int, int, int]]]:
+def _tile_lines(tile: Tile, width_pixels: int, font: Font) -> list[tuple[str, tuple[int, int, int]]]:
     lines = [(line, _TEXT) for line in wrap(tile.caption, width_pixels, font, max_lines=MAX_CAPTION_LINES)]
     return lines + [(line, _FAINT_TEXT) for line in wrap(tile.note, width_pixels, font, max_lines=1)]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from dvae.model import DiscreteVAE
 from dvae.model import load as load_vae
 from sampling.bf16_weights import use_bf16_weights
-from sampling.decode import DEFAULT_MAX_ROWS, SamplingSettings, Step, sample_codes
+from sampling.decode import Sampled, SamplingSettings, Step, rows_that_fit, sample_codes
 from sampling.likelihood import likelihood_ratio
 from sampling.random_stream import check_seed
 from scorer.api import Scorer, combine_ranks, rank
@@ -38,7 +38,7 @@ from transformer.model import load as load_prior
 ScorerName = Literal["clip", "likelihood", "combined"]
 ScorerChoice = Literal["auto", "clip", "likelihood", "combined"] | None
 
-_DECODED_AT_ONCE = 64  # images per dVAE and scorer forward
+_AT_ONCE = 64  # images per dVAE and scorer forward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ class Pipeline:
         self.model_sha256 = model_sha256
         self.device = next(prior.parameters()).device
         self.precision = precision or Precision("fp32", "the models as they were given")
-        self.max_rows = DEFAULT_MAX_ROWS
+        self.max_rows = rows_that_fit(prior)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str = "auto", precision: str = "auto") -> "Pipeline":
@@ -228,14 +228,12 @@ class Pipeline:
         Raises:
             UserError: an argument is out of range, or the model has no such scorer.
         """
-        settings = self._settings(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance
-        )
+        settings = self._settings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance)
         num_candidates = n if best_of is None else best_of
         if n < 1:
             raise UserError(f"n is {n}, expected at least 1")
         if num_candidates < n:
-            raise UserError(f"best_of is {num_candidates}, expected at least n = {n}: it counts all candidates of a prompt")
+            raise UserError(f"best_of is {num_candidates}, expected at least n = {n}: it counts all candidates")
         scorer_name = self._scorer_name(scorer)
         if scorer_name is None and num_candidates > n:
             raise UserError(f"best_of {num_candidates} of n {n} needs a scorer to choose by, got none")
@@ -252,7 +250,7 @@ class Pipeline:
         layout = self.prior.layout
         grids = codes.reshape(-1, layout.grid_height, layout.grid_width)  # [B, h, w]
         images = []
-        for part in grids.split(_DECODED_AT_ONCE):
+        for part in grids.split(_AT_ONCE):
             with autocast(self.precision, self.device):
                 pixels = self.vae.decode(part.to(self.device))
             images.append((pixels.float() * 255).round().to(torch.uint8).cpu())
@@ -291,30 +289,39 @@ class Pipeline:
                 max_rows=self.max_rows,
                 on_step=report,
             )
+            images = self.decode(sampled.codes)  # uint8 [B, 3, H, W]
+            scores = self._scores(images, sampled, text_ids, [job.prompt for job in group], scorer_name)
             for place, job in enumerate(group):
                 rows = slice(place * num_candidates, (place + 1) * num_candidates)
-                ratio = None if sampled.log_ratio is None else sampled.log_ratio[rows]
-                yield self._rank(job, sampled.codes[rows], text_ids[rows], ratio, n, settings, scorer_name)
+                own_scores = {name: values[rows] for name, values in scores.items()}
+                yield self._rank(job, sampled.codes[rows], images[rows], own_scores, n, settings, scorer_name)
+
+    def _scores(
+        self, images: Tensor, sampled: Sampled, text_ids: Tensor, prompts: Sequence[str], scorer_name: ScorerName | None
+    ) -> dict[str, Tensor]:
+        """What is needed to rank the candidates of several prompts: float [B] by scorer."""
+        scores: dict[str, Tensor] = {}
+        if scorer_name in ("clip", "combined"):
+            per_prompt = len(images) // len(prompts)
+            scores["clip"] = self.score(images, [prompt for prompt in prompts for _ in range(per_prompt)])
+        ratio = sampled.log_ratio  # with guidance it costs nothing: keep it whatever ranks
+        if ratio is None and scorer_name in ("likelihood", "combined"):
+            ratio = likelihood_ratio(self.prior, sampled.codes, text_ids)
+        if ratio is not None:
+            scores["likelihood"] = ratio.cpu()
+        return scores
 
     def _rank(
         self,
         job: _Job,
         codes: Tensor,
-        text_ids: Tensor,
-        ratio: Tensor | None,
+        images: Tensor,
+        scores: dict[str, Tensor],
         n: int,
         settings: SamplingSettings,
         scorer_name: ScorerName | None,
     ) -> list[GeneratedImage]:
-        """Decode and score the candidates of one prompt; the n best as results."""
-        images = self.decode(codes)  # uint8 [B, 3, H, W]
-        scores: dict[str, Tensor] = {}
-        if scorer_name in ("clip", "combined"):
-            scores["clip"] = self.score(images, job.prompt)
-        if ratio is None and scorer_name in ("likelihood", "combined"):
-            ratio = likelihood_ratio(self.prior, codes, text_ids)
-        if ratio is not None:  # with guidance it costs nothing: keep it whatever ranks
-            scores["likelihood"] = ratio.cpu()
+        """The n best of the candidates of one prompt."""
         if scorer_name == "combined":
             scores["combined"] = combine_ranks([scores["clip"], scores["likelihood"]])
         order = list(range(len(codes))) if scorer_name is None else [int(i) for i in rank(scores[scorer_name])]
@@ -338,8 +345,15 @@ class Pipeline:
             for place, index in enumerate(order[:n])
         ]
 
-    def score(self, images: Tensor, prompt: str) -> Tensor:
-        """How well images uint8 [B, 3, H, W] fit a prompt by the learned scorer: float32 [B], higher is better.
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """How well images fit prompts by the learned scorer.
+
+        Args:
+            images: uint8 [B, 3, H, W].
+            prompts: B texts, one per image.
+
+        Returns:
+            float32 [B] on the CPU, higher is better.
 
         Raises:
             UserError: the model has no scorer.
@@ -348,11 +362,14 @@ class Pipeline:
             raise UserError(
                 "the model has no scorer part: train one with `tessera train-scorer`, or rank by likelihood"
             )
-        parts = [self.scorer.score(part, [prompt] * len(part)) for part in images.split(_DECODED_AT_ONCE)]
+        parts = [
+            self.scorer.score(images[start : start + _AT_ONCE], prompts[start : start + _AT_ONCE])
+            for start in range(0, len(images), _AT_ONCE)
+        ]
         return torch.cat(parts).float().cpu()
 
     def _settings(self, **overrides: float | None) -> SamplingSettings:
-        given = {name: value for name, value in overrides.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
         return dataclasses.replace(self.settings, **given)
 
     def _scorer_name(self, choice: ScorerChoice) -> ScorerName | None:

@@ -1,6 +1,6 @@
 """`tessera rerank`: order any images by how well they fit a caption.
 
-    tessera rerank my-model "a red star left of a blue ring" *.png
+tessera rerank my-model "a red star left of a blue ring" *.png
 """
 
 import argparse
@@ -17,7 +17,7 @@ from torch import Tensor
 from dvae.model import load as load_vae
 from sampling.arguments import SCORER_CHOICES, OneLineParser, add_device_argument
 from sampling.likelihood import likelihood_ratio
-from scorer.api import combine_ranks, rank
+from scorer.api import Scorer, combine_ranks, rank
 from scorer.model import load as load_scorer
 from tessera.data.captions import clean_caption
 from tessera.data.images import ImageError, fit_to, open_image
@@ -65,7 +65,7 @@ class ImageRanker:
         self.scorer_name = scorer
         self.device = torch.device(device)
         self.tokenizer = TextTokenizer(folder.tokenizer_proto())
-        self.scorer = load_scorer(folder, device=device) if scorer in ("clip", "combined") else None
+        self.scorer: Scorer | None = load_scorer(folder, device=device) if scorer in ("clip", "combined") else None
         self.prior = load_prior(folder, device=device) if scorer in ("likelihood", "combined") else None
         self.vae = load_vae(folder, device=device) if self.prior is not None else None
         if self.prior is not None and self.vae is not None:
@@ -77,7 +77,7 @@ class ImageRanker:
 
     @torch.inference_mode()
     def score(self, images: Tensor, caption: str) -> dict[str, Tensor]:
-        """Score images uint8 [N, 3, H, W] of `image_size` against one caption: float [N] by scorer, without combining."""
+        """Score images uint8 [N, 3, H, W] of `image_size` against one caption: float [N] by scorer."""
         scores: dict[str, Tensor] = {}
         if self.scorer is not None:
             scores["clip"] = self.scorer.score(images, [caption] * len(images)).float().cpu()
@@ -147,18 +147,18 @@ def main(argv: Sequence[str]) -> int:
     for reject in rejects:
         print(f"skipped {reject.path}: {reject.reason}", file=sys.stderr)
     if not ranked:
-        raise UserError(f"none of the {len(rejects)} images can be read; the first: {rejects[0].path}: {rejects[0].reason}")
+        raise UserError(f"no image can be read; the first of {len(rejects)}: {rejects[0].path}: {rejects[0].reason}")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="tessera rerank",
-        description="Order images by how well they fit a caption, best first. Files that cannot be read are named and skipped.",
+        description="Order images by how well they fit a caption, best first. Unreadable files are named and skipped.",
     )
     parser.add_argument("model", metavar="MODEL", help="a model folder, as `tessera fit` writes it")
     parser.add_argument("caption", metavar="CAPTION", help="the text, in quotes")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="PNG, JPEG, WEBP, BMP, GIF or TIFF files of any size")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="PNG, JPEG, WEBP, BMP, GIF or TIFF files")
     parser.add_argument(
         "--scorer",
         default="auto",

@@ -1,11 +1,12 @@
-"""A contrastive dual encoder (Radford et al. 2021) with a matching head on top (as in Li et al. 2021, ALBEF, section 3.2).
+"""A contrastive dual encoder (CLIP, Radford et al. 2021) with a matching head (ALBEF, Li et al. 2021, section 3.2).
 
-The two encoders give one unit vector per image and per caption: good for search, and blind to who has which attribute,
-because a vector of "a red star left of a blue ring" is close to one of "a blue star left of a red ring". The matching
-head reads the image's patches once more with the words of one caption, and its score is the one that ranks.
+The two encoders give one unit vector per image and per caption. That is good for search, and poor at telling who has
+which attribute: "a red star left of a blue ring" lies close to "a blue star left of a red ring". The matching head
+therefore reads the image's patches once more together with the words of one caption, and its score is what ranks.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,10 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tessera.config import from_plain
 from tessera.errors import UserError
+from tessera.model_folder import ModelFolder
+from tessera.text_tokenizer import END_ID, TextTokenizer
 
-# N images, M captions, G captions per image, T text positions, S = T + 1 text states, P patches, C width, H heads,
-# E embedding width, D head width.
+# N images, M captions, G captions per image, H W pixels, T text positions, S = T + 1 text states, P patches, C width,
+# E embedding width; inside attention B batch, A heads, D head width, n queries, m keys.
+
+IGNORED = -100
+_AT_ONCE = 64  # pairs scored together: bounds memory, whatever the number of candidates
+_STEM_STRIDE = 4
+_LARGEST_SCALE = 100.0  # Radford et al. 2021, section 2.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,27 +33,44 @@ class ClipScorerConfig:
     """Sizes of a `ClipScorer`."""
 
     image_size: tuple[int, int] = (64, 64)
-    """height and width in pixels of the images that it reads; multiples of patch_size"""
+    """height and width in pixels of the images that it reads; in training taken from the data"""
     patch_size: int = 8
-    """side in pixels of one patch: a multiple of 4"""
+    """side in pixels of one patch, a multiple of 4"""
     text_len: int = 32
-    """T, text positions; longer captions are cut"""
+    """T, text positions; longer captions are cut; in training taken from the captions"""
     text_vocab_size: int = 512
-    """pieces of the text tokenizer, without the pad ids"""
+    """pieces of the text tokenizer, without the pad ids; in training taken from the tokenizer"""
     stem_width: int = 64
-    """channels of the convolutions that precede the patches"""
+    """channels of the convolutions before the patches"""
     dim: int = 128
     """C, channels of patches and text states"""
     heads: int = 4
     """attention heads; dim / heads channels each"""
-    image_layers: int = 3
+    image_layers: int = 2
     """transformer layers over the patches"""
     text_layers: int = 2
     """transformer layers over the caption"""
     matcher_layers: int = 2
-    """layers of the matching head; 0 leaves it out and scores by the two embeddings"""
+    """layers of the matching head; 0 leaves it out, and the cosine of the embeddings ranks"""
     embedding_dim: int = 128
     """E, width of the embeddings"""
+
+    def __post_init__(self) -> None:
+        if self.dim < 1 or self.heads < 1 or self.dim % self.heads:
+            raise UserError(f"scorer dim must be a multiple of heads; got dim={self.dim}, heads={self.heads}")
+        if self.patch_size < _STEM_STRIDE or self.patch_size % _STEM_STRIDE:
+            raise UserError(f"scorer patch_size must be a multiple of {_STEM_STRIDE}; got {self.patch_size}")
+        if min(self.image_size) < 1 or self.text_len < 1 or self.text_vocab_size < 1:
+            raise UserError(
+                f"scorer image_size, text_len and text_vocab_size must be positive; "
+                f"got {self.image_size}, {self.text_len}, {self.text_vocab_size}"
+            )
+
+    @property
+    def num_patches(self) -> int:
+        """P; a patch at the right or lower edge may reach beyond the image."""
+        height, width = self.image_size
+        return math.ceil(height / self.patch_size) * math.ceil(width / self.patch_size)
 
 
 class Norm(nn.Module):
@@ -60,32 +86,36 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x` to `context`, with normalized queries and keys."""
+    """Multi-head attention from one sequence to another, with normalized queries and keys."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.query = nn.Linear(dim, dim, bias=False)
-        self.key_value = nn.Linear(dim, 2 * dim, bias=False)
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
         self.norm_query = Norm(dim // heads)
         self.norm_key = Norm(dim // heads)
         self.project = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [B, n, C], context [B, m, C], mask bool [B, m] (True: may be attended to) to [B, n, C]."""
-        batch, length, dim = x.shape
-        query = self.query(x).view(batch, length, self.heads, -1).transpose(1, 2)  # [B, H, n, D]
-        key, value = self.key_value(context).view(batch, context.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        query, key = self.norm_query(query), self.norm_key(key)
-        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # [B, H, n, m]
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
-        attended = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value  # [B, H, n, D]
-        return self.project(attended.transpose(1, 2).reshape(batch, length, dim))
+    def forward(self, x: Tensor, context: Tensor, *, causal: bool = False) -> Tensor:
+        """x [B, n, C] asks context [B, m, C]; causal: position p sees up to p. Returns [B, n, C]."""
+        query = self.norm_query(self._split(self.query(x)))  # [B, A, n, D]
+        key = self.norm_key(self._split(self.key(context)))
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # [B, A, n, m]
+        if causal:
+            future = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
+        value = self._split(self.value(context))
+        attended = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value  # [B, A, n, D]
+        return self.project(attended.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class MLP(nn.Module):
-    """Two-layer feed-forward network with squared ReLU."""
+    """Two-layer feed-forward network."""
 
     def __init__(self, dim: int, ratio: int) -> None:
         super().__init__()
@@ -106,124 +136,310 @@ class Block(nn.Module):
         self.norm_mlp = Norm(dim)
         self.mlp = MLP(dim, mlp_ratio)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, causal: bool = False) -> Tensor:
         y = self.norm_attention(x)
-        x = x + self.attention(y, y, mask)
+        x = x + self.attention(y, y, causal=causal)
         return x + self.mlp(self.norm_mlp(x))
 
 
 class MatcherBlock(nn.Module):
-    """Text states look at the patches of an image, then at each other."""
+    """Words look at the patches of an image, then at the words before them."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.norm_cross = Norm(dim)
         self.cross = Attention(dim, heads)
-        self.block = Block(dim, heads, 2)
+        self.block = Block(dim, heads, mlp_ratio=2)
 
-    def forward(self, x: Tensor, patches: Tensor, mask: Tensor) -> Tensor:
-        """x [N, G, S, C], patches [N, P, C], mask [N, G, S] to [N, G, S, C]."""
-        num_images, num_captions, length, dim = x.shape
-        # All captions of an image are one long query: keys and values of its patches are made once.
-        looked = self.cross(self.norm_cross(x).flatten(1, 2), patches)
+    def forward(self, x: Tensor, patches: Tensor) -> Tensor:
+        """x [N, G, S, C], patches [N, P, C] to [N, G, S, C]."""
+        # The G captions of an image are one long query, so that its keys and values are made once.
+        looked = self.cross(self.norm_cross(x).flatten(1, 2), patches)  # [N, G S, C]
         x = x + looked.view_as(x)
-        return self.block(x.flatten(0, 1), mask.flatten(0, 1)).view(num_images, num_captions, length, dim)
+        return self.block(x.flatten(0, 1), causal=True).view_as(x)
 
 
-class Stem(nn.Module):
-    """Images [N, 3, H, W] to patches [N, P, C]: convolutions at a quarter of the resolution, then patches."""
+class ImageStem(nn.Module):
+    """Images to patches [N, P, C]: convolutions at a quarter of the resolution tell shapes apart, then patches are cut.
+
+    A quarter, because at full resolution the convolutions would cost more than all the rest.
+    """
 
     def __init__(self, config: ClipScorerConfig) -> None:
         super().__init__()
-        width = config.stem_width
-        self.cut = nn.Conv2d(3, width, 6, stride=4, padding=1)
+        width, side = config.stem_width, config.patch_size // _STEM_STRIDE
+        self.patch_size = config.patch_size
+        self.pixel_stem = nn.Conv2d(3, width, _STEM_STRIDE + 2, stride=_STEM_STRIDE, padding=1)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        side = config.patch_size // 4
         self.to_patches = nn.Conv2d(width, config.dim, side, stride=side)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.cut(4 * images - 2)
+        height, width = images.shape[2:]
+        missing = (0, -width % self.patch_size, 0, -height % self.patch_size)
+        images = F.pad(4 * images - 2, missing).contiguous(memory_format=torch.channels_last)
+        x = self.pixel_stem(images)
         x = x + self.conv2(F.gelu(self.conv1(F.gelu(x))))
         return self.to_patches(F.gelu(x)).flatten(2).transpose(1, 2)
 
 
 class TextStates(NamedTuple):
-    """A batch of encoded captions.
+    """Encoded captions: state p has seen the first p tokens.
 
     Attributes:
-        states: float [M, S, C]; position 0 summarizes the caption.
-        mask: bool [M, S], False at pads.
+        states: float [M, S, C].
+        targets: int64 [M, S], the token that follows each state: END_ID after the last one, and IGNORED further on.
     """
 
     states: Tensor
-    mask: Tensor
+    targets: Tensor
 
 
 class ClipScorer(nn.Module):
+    """Embeds images and captions, and matches one with the other.
+
+    Args:
+        config: sizes; see `ClipScorerConfig`.
+
+    Example:
+        >>> scorer = ClipScorer(ClipScorerConfig(image_size=(32, 48), text_len=8))
+        >>> patches = scorer.encode_images(torch.rand(2, 3, 32, 48))
+        >>> texts = scorer.encode_texts(torch.randint(512, (2, 8)))
+        >>> scorer.match(patches, TextStates(texts.states[:, None], texts.mask[:, None])).shape
+        torch.Size([2, 1])
+    """
+
     def __init__(self, config: ClipScorerConfig) -> None:
         super().__init__()
         self.config = config
         dim, heads = config.dim, config.heads
-        num_patches = (config.image_size[0] // config.patch_size) * (config.image_size[1] // config.patch_size)
-        self.stem = Stem(config)
-        self.patch_positions = nn.Parameter(torch.zeros(num_patches, dim))
-        self.image_blocks = nn.ModuleList(Block(dim, heads, 4) for _ in range(config.image_layers))
+        self.image_stem = ImageStem(config)
+        self.patch_positions = nn.Parameter(torch.empty(config.num_patches, dim))
+        self.image_blocks = nn.ModuleList(Block(dim, heads, mlp_ratio=4) for _ in range(config.image_layers))
         self.image_norm = Norm(dim)
         self.text_embedding = nn.Embedding(config.text_vocab_size, dim)
-        self.summary = nn.Parameter(torch.zeros(dim))
-        self.text_positions = nn.Parameter(torch.zeros(config.text_len + 1, dim))
-        self.text_blocks = nn.ModuleList(Block(dim, heads, 4) for _ in range(config.text_layers))
+        self.begin_embedding = nn.Parameter(torch.empty(dim))
+        self.text_positions = nn.Parameter(torch.empty(config.text_len + 1, dim))
+        self.text_blocks = nn.ModuleList(Block(dim, heads, mlp_ratio=4) for _ in range(config.text_layers))
         self.text_norm = Norm(dim)
         self.image_projection = nn.Linear(dim, config.embedding_dim, bias=False)
         self.text_projection = nn.Linear(dim, config.embedding_dim, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.log_scale = nn.Parameter(torch.empty(()))
         self.matcher_blocks = nn.ModuleList(MatcherBlock(dim, heads) for _ in range(config.matcher_layers))
-        self.matcher_norm = Norm(dim)
-        self.matcher_head = nn.Linear(dim, 1, bias=False)
-        self.to(memory_format=torch.channels_last)
+        if config.matcher_layers:
+            self.no_image = nn.Parameter(torch.empty(dim))
+            self.matcher_norm = Norm(dim)
+            self.word_head = nn.Linear(dim, config.text_vocab_size, bias=False)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.init_weights()
 
     def init_weights(self) -> None:
+        """Initializes every weight.
+
+        ==========================================  =======================================
+        linear layers reading the residual stream   N(0, 1/sqrt(inputs))
+        linear layers writing to it                 zero, so that every block starts as identity
+        convolutions                                PyTorch's default
+        embeddings of words and of the caption      N(0, 1)
+        positions                                   N(0, 0.5)
+        head of the matcher                         N(0, 0.02), so that all pairs start nearly equal
+        scale                                       1 / 0.07 (Radford et al. 2021, section 2.5)
+        norm gains                                  one
+        ==========================================  =======================================
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        for module in self.modules():
             if isinstance(module, Attention):
                 nn.init.zeros_(module.project.weight)
-            if isinstance(module, MLP):
+            elif isinstance(module, MLP):
                 nn.init.zeros_(module.down.weight)
-        nn.init.normal_(self.text_embedding.weight, std=1.0)
-        nn.init.normal_(self.summary, std=1.0)
+        nn.init.normal_(self.text_embedding.weight)
+        nn.init.normal_(self.begin_embedding)
         nn.init.normal_(self.patch_positions, std=0.5)
         nn.init.normal_(self.text_positions, std=0.5)
-        nn.init.normal_(self.matcher_head.weight, std=0.02)
+        nn.init.constant_(self.log_scale, math.log(1 / 0.07))
+        if self.config.matcher_layers:
+            nn.init.normal_(self.no_image)
+            nn.init.zeros_(self.word_head.weight)
+
+    @property
+    def scale(self) -> Tensor:
+        """The learned inverse temperature of the embeddings' cosine, at most 100."""
+        return self.log_scale.exp().clamp(max=_LARGEST_SCALE)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        x = self.stem(images.contiguous(memory_format=torch.channels_last)) + self.patch_positions
+        """Images float [N, 3, H, W] in [0, 1] to patches [N, P, C].
+
+        Raises:
+            ValueError: if the shape is not that of the config's image_size.
+        """
+        if images.shape[1:] != (3, *self.config.image_size):
+            expected = ("batch", 3, *self.config.image_size)
+            raise ValueError(f"images must have shape {expected}; got {tuple(images.shape)}")
+        x = self.image_stem(images) + self.patch_positions
         for block in self.image_blocks:
             x = block(x)
         return self.image_norm(x)
 
-    def encode_texts(self, ids: Tensor) -> TextStates:
-        kept = ids < self.config.text_vocab_size
-        length = int(kept.sum(dim=1).max()) if len(ids) else 0
-        kept = kept[:, :length]
-        words = self.text_embedding(ids[:, :length].clamp(max=self.config.text_vocab_size - 1))
-        x = torch.cat([self.summary.expand(len(ids), 1, -1), words], dim=1) + self.text_positions[: length + 1]
-        mask = torch.cat([kept.new_ones(len(ids), 1), kept], dim=1)
+    def encode_texts(self, text_ids: Tensor) -> TextStates:
+        """Text ids int64 [M, T] to states, where T may be shorter than text_len if only pads are cut off.
+
+        Raises:
+            ValueError: if the shape is not [M, T] with T <= text_len.
+        """
+        if text_ids.dim() != 2 or text_ids.shape[1] > self.config.text_len:
+            raise ValueError(
+                f"text_ids must have shape [batch, at most {self.config.text_len}]; got {tuple(text_ids.shape)}"
+            )
+        vocab_size = self.config.text_vocab_size
+        is_word = text_ids < vocab_size
+        words = self.text_embedding(text_ids.where(is_word, 0))
+        begin = self.begin_embedding.expand(len(text_ids), 1, -1)
+        x = torch.cat([begin, words], dim=1) + self.text_positions[: text_ids.shape[1] + 1]  # [M, S, C]
         for block in self.text_blocks:
-            x = block(x, mask)
-        return TextStates(self.text_norm(x), mask)
+            x = block(x, causal=True)
+        length = is_word.sum(dim=1, keepdim=True)  # [M, 1]
+        place = torch.arange(x.shape[1], device=x.device)
+        following = F.pad(text_ids, (0, 1), value=END_ID).where(place < length, END_ID)
+        return TextStates(self.text_norm(x), following.where(place <= length, IGNORED))
 
     def project_images(self, patches: Tensor) -> Tensor:
-        return F.normalize(self.image_projection(patches.mean(dim=1)).float(), dim=-1)
+        """Patches [N, P, C] to unit vectors float32 [N, E]."""
+        return F.normalize(self.image_projection(patches.mean(dim=1)).float(), dim=1)
 
     def project_texts(self, texts: TextStates) -> Tensor:
-        return F.normalize(self.text_projection(texts.states[:, 0]).float(), dim=-1)
+        """Encoded captions to unit vectors float32 [M, E]."""
+        last = (texts.targets == END_ID).float().argmax(dim=1)  # [M] the state that has seen the whole caption
+        state = texts.states[torch.arange(len(last), device=last.device), last]
+        return F.normalize(self.text_projection(state).float(), dim=1)
 
-    def match(self, patches: Tensor, states: Tensor, mask: Tensor) -> Tensor:
-        """patches [N, P, C]; states [N, G, S, C]; mask [N, G, S] -> [N, G]."""
-        x = states
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Images float [N, 3, H, W] in [0, 1] to unit vectors float32 [N, E]."""
+        return self.project_images(self.encode_images(images))
+
+    def embed_texts(self, text_ids: Tensor) -> Tensor:
+        """Text ids int64 [M, T] to unit vectors float32 [M, E]."""
+        return self.project_texts(self.encode_texts(text_ids))
+
+    def word_losses(self, patches: Tensor, texts: TextStates) -> Tensor:
+        """How unexpected each token of G captions is to one who sees the image and the tokens before.
+
+        Args:
+            patches: [N, P, C], from `encode_images`, or `no_patches`.
+            texts: states [N, G, S, C] and targets [N, G, S], from `encode_texts`.
+
+        Returns:
+            float32 [N, G, S], nats; zero where there is nothing to expect.
+        """
+        x = texts.states
         for block in self.matcher_blocks:
-            x = block(x, patches, mask)
-        return self.matcher_head(self.matcher_norm(x[:, :, 0])).float().squeeze(-1)
+            x = block(x, patches)
+        logits = self.word_head(self.matcher_norm(x)).float()
+        losses = F.cross_entropy(logits.flatten(0, 2), texts.targets.flatten(), ignore_index=IGNORED, reduction="none")
+        return losses.view(texts.targets.shape)
+
+    def forward(self, images: Tensor, text_ids: Tensor) -> Tensor:
+        """The ranking score of N pairs: images float [N, 3, H, W] in [0, 1], text ids int64 [N, T] to float32 [N]."""
+        patches, (states, targets) = self.encode_images(images), self.encode_texts(text_ids)
+        if not self.config.matcher_layers:
+            return self.scale * (self.project_images(patches) * self.project_texts(TextStates(states, targets))).sum(dim=1)
+        texts = TextStates(states[:, None], targets[:, None])
+        seen = self.word_losses(patches, texts).sum(dim=(1, 2))
+        unseen = self.word_losses(self.no_image.expand(len(images), 1, -1), texts).sum(dim=(1, 2))
+        return unseen - seen
+
+
+def without_common_pads(text_ids: Tensor, vocab_size: int) -> Tensor:
+    """Cuts [M, T] to the longest caption in it: pads are masked, and leaving them out only saves time."""
+    longest = int((text_ids < vocab_size).sum(dim=1).max()) if len(text_ids) else 0
+    return text_ids[:, :longest]
+
+
+class TrainedScorer:
+    """A `ClipScorer` with its tokenizer: takes pixels and texts (`Scorer` and `Embedder` of `scorer.api`).
+
+    Args:
+        model: the network; it is put into evaluation mode.
+        tokenizer: the one it was trained with.
+    """
+
+    name = "clip"
+
+    def __init__(self, model: ClipScorer, tokenizer: TextTokenizer) -> None:
+        if tokenizer.vocab_size != model.config.text_vocab_size:
+            raise ValueError(f"the scorer knows {model.config.text_vocab_size} pieces, the tokenizer {tokenizer.vocab_size}")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+
+    @torch.no_grad()
+    def score(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """How well images fit texts; a pair's score does not depend on the others.
+
+        Args:
+            images: uint8 [N, 3, H, W] of the model's image_size.
+            texts: N texts.
+
+        Returns:
+            float32 [N] on the model's device, higher is better; comparable between images and texts, without a unit.
+
+        Raises:
+            ValueError: if images are not uint8 of that shape, or not as many as texts.
+        """
+        self._check(images)
+        if len(images) != len(texts):
+            raise ValueError(f"one text per image: got {len(images)} images and {len(texts)} texts")
+        parts = [
+            self.model(self._pixels(images[start : start + _AT_ONCE]), self._ids(texts[start : start + _AT_ONCE]))
+            for start in range(0, len(images), _AT_ONCE)
+        ]
+        return torch.cat(parts).float() if parts else torch.zeros(0, device=self._device)
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Images uint8 [N, 3, H, W] to unit vectors float32 [N, E]."""
+        self._check(images)
+        parts = [
+            self.model.embed_images(self._pixels(images[start : start + _AT_ONCE]))
+            for start in range(0, len(images), _AT_ONCE)
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, self.model.config.embedding_dim, device=self._device)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts to unit vectors float32 [M, E]."""
+        parts = [
+            self.model.embed_texts(self._ids(texts[start : start + _AT_ONCE]))
+            for start in range(0, len(texts), _AT_ONCE)
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, self.model.config.embedding_dim, device=self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.log_scale.device
+
+    def _check(self, images: Tensor) -> None:
+        if images.dtype != torch.uint8:
+            raise ValueError(f"images must be uint8; got {images.dtype}")
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        return images.to(self._device).float() / 255
+
+    def _ids(self, texts: Sequence[str]) -> Tensor:
+        ids = self.tokenizer.encode_batch(texts, text_len=self.model.config.text_len)
+        return without_common_pads(ids, self.tokenizer.vocab_size).to(self._device)
+
+
+def load(folder: ModelFolder, *, device: torch.device | str = "cpu") -> TrainedScorer:
+    """The frozen scorer of a model folder, in evaluation mode.
+
+    Raises:
+        UserError: if the folder has no scorer.
+    """
+    if not folder.has("scorer"):
+        raise UserError(f"{folder.path} has no scorer part: train one with `tessera train-scorer` or `tessera fit`")
+    config = from_plain(ClipScorerConfig, folder.config("scorer"), source=f"{folder.path}/scorer/config.yaml")
+    model = ClipScorer(config)
+    model.load_state_dict(folder.tensors("scorer"))
+    return TrainedScorer(model.requires_grad_(False).to(device), TextTokenizer(folder.tokenizer_proto()))

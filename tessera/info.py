@@ -1,10 +1,8 @@
 """`tessera info PATH`: what is in a model folder, or how far a run folder has come."""
 
 import argparse
-import csv
 import json
 import math
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,15 +15,14 @@ from tessera.errors import UserError, run_command
 from tessera.model_folder import FORMAT_VERSION, INDEX_FILE, PART_FILES, ModelFolder, short_sha256
 from tessera.plain_yaml import read_yaml
 from tessera.text_tokenizer import TextTokenizer
-
-RUN_CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.csv"
+from tessera.training.metrics import METRICS_DIR, read_metrics
+from tessera.training.stage import CONFIG_FILE, RESULT_FILE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a description of a model folder or of a run folder, as text or as JSON."""
     parser = argparse.ArgumentParser(prog="tessera info", description="Describes a model folder or a run folder.")
-    parser.add_argument("path", type=Path, help="a model folder (it holds tessera.yaml) or a run folder (metrics.csv)")
+    parser.add_argument("path", type=Path, help="a model folder or a stage's run folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of text")
     arguments = parser.parse_args(argv)
     path: Path = arguments.path
@@ -70,24 +67,25 @@ def describe_run(path: Path) -> dict[str, Any]:
     """Describes a run folder in plain values.
 
     Returns:
-        `kind` "run", `path`, `config` as resolved when the run began, `checkpoints` (steps, ascending), and `metrics`:
-        the last value of everything logged, with the `step` of the last row.
+        `kind` "run", `path`, `finished`, `step` of the last record, `checkpoints` (steps, ascending), `metrics` (the
+        last value of everything logged), and `config` and `inputs` as they were when the run began.
     """
-    steps = [
-        int(found[1]) for file in path.glob("checkpoints/*.ckpt") if (found := re.search(r"(\d+)\.ckpt$", file.name))
-    ]
-    config = read_yaml(path / RUN_CONFIG_FILE) if (path / RUN_CONFIG_FILE).is_file() else {}
+    series = read_metrics(path)
     return {
         "kind": "run",
         "path": str(path),
-        "config": config,
-        "checkpoints": sorted(steps),
-        "metrics": _last_metrics(path / METRICS_FILE),
+        "finished": (path / RESULT_FILE).is_file(),
+        "step": max((values[-1][0] for values in series.values()), default=None),
+        "checkpoints": sorted(
+            int(file.stem.removeprefix("step-")) for file in path.glob("checkpoints/step-*[0-9].ckpt")
+        ),
+        "metrics": {name: values[-1][1] for name, values in series.items()},
+        **(read_yaml(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}),
     }
 
 
 def _is_run(path: Path) -> bool:
-    return (path / METRICS_FILE).is_file() or (path / "checkpoints").is_dir()
+    return (path / METRICS_DIR).is_dir() or (path / "checkpoints").is_dir()
 
 
 def _describe_part(folder: ModelFolder, name: str) -> dict[str, Any]:
@@ -106,24 +104,6 @@ def _describe_part(folder: ModelFolder, name: str) -> dict[str, Any]:
         "config": folder.config(name),
         "metadata": folder.metadata(name),
     }
-
-
-def _last_metrics(file: Path) -> dict[str, float]:
-    """The last non-empty entry of every column."""
-    metrics: dict[str, float] = {}
-    if file.is_file():
-        with open(file, newline="", encoding="utf-8") as stream:
-            for row in csv.DictReader(stream):
-                metrics.update({key: float(value) for key, value in row.items() if key and _is_number(value)})
-    return metrics
-
-
-def _is_number(text: Any) -> bool:
-    try:
-        float(text)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def _model_lines(model: Mapping[str, Any]) -> Iterator[str]:
@@ -149,15 +129,18 @@ def _model_lines(model: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _run_lines(run: Mapping[str, Any]) -> Iterator[str]:
-    yield f"run folder {run['path']}"
+    yield f"run folder {run['path']}, {'finished' if run['finished'] else 'not finished'}"
     steps = run["checkpoints"]
-    yield f"  checkpoints  {', '.join(str(step) for step in steps) if steps else 'none'}"
+    yield f"  checkpoints at steps {', '.join(str(step) for step in steps)}" if steps else "  no checkpoints"
+    if run["step"] is not None:
+        yield f"  last record at step {run['step']}"
     for key, value in run["metrics"].items():
-        yield f"  {key} = {_value(value)}"
-    if run["config"]:
-        yield "  config"
-        for key, value in _flat(run["config"]):
-            yield f"    {key}: {_value(value)}"
+        yield f"    {key} = {_value(value)}"
+    for section in ("config", "inputs"):
+        if run.get(section):
+            yield f"  {section}"
+            for key, value in _flat(run[section]):
+                yield f"    {key}: {_value(value)}"
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,7 @@ Dimensions: B batch, T text positions (text_len).
 
 import hashlib
 import io
+import math
 import random
 from collections.abc import Iterable, Sequence
 
@@ -25,6 +26,8 @@ _NORMALIZATION = "nmt_nfkc_cf"  # NFKC and case folding, stored in the model fil
 _MAX_TRAINING_CAPTIONS = 100_000  # more lines cost time and do not move the merges of a BPE
 _MAX_ALPHABET = 1_000  # a larger one (CJK) is covered to 99.95 % of its occurrences; bytes cover the rest
 _MAX_SENTENCE_BYTES = 1 << 20  # the trainer silently drops longer lines; its default of 4,192 is short for captions
+_MAX_COUNTED_CAPTIONS = 50_000
+_DROPOUT_ROOM = 1.25  # dropout splits captions into more pieces
 _SEED_MODULUS = 2**32 - 1  # sentencepiece ignores the seed 2**32 - 1
 
 
@@ -149,6 +152,21 @@ class TextTokenizer:
         """
         kept = list(ids[:text_len])
         return kept + [self.vocab_size + position for position in range(len(kept), text_len)]
+
+    def fitting_text_len(self, captions: Iterable[str], *, most: int = 256) -> int:
+        """Returns how many text positions captions need.
+
+        Args:
+            captions: any number; of more than 50,000 distinct ones an evenly spaced part is counted.
+            most: never more than this.
+
+        Returns:
+            A multiple of 8 with room for 999 in 1,000 captions, and for the further pieces that dropout makes of them.
+        """
+        distinct = list(dict.fromkeys(captions))
+        lengths = sorted(len(self.encode(text)) for text in distinct[:: max(1, len(distinct) // _MAX_COUNTED_CAPTIONS)])
+        longest = lengths[math.ceil(0.999 * len(lengths)) - 1] if lengths else 0
+        return min(most, max(8, 8 * math.ceil(longest * _DROPOUT_ROOM / 8)))
 
     def num_ids(self, text_len: int) -> int:
         """Returns how many ids a model needs to embed: pieces and one pad per position."""

@@ -120,7 +120,7 @@ def rotary_angles(layout: SequenceLayout, head_dim: int, theta: float) -> Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns channel pairs (d, d + D/2) of x [B, H, n, D] by the angles whose cos and sin are [n, D/2]."""
+    """Turns channel pairs (d, d + D/2) of x [..., D] by the angles whose cos and sin broadcast to [..., D/2]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
@@ -132,17 +132,20 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.query_key_value = nn.Linear(dim, 3 * dim, bias=False)
-        self.norm_query = Norm(dim // heads)
-        self.norm_key = Norm(dim // heads)
+        self.query_gain = nn.Parameter(torch.ones(dim // heads))
+        self.key_gain = nn.Parameter(torch.ones(dim // heads))
         self.project = nn.Linear(dim, dim, bias=False)
 
     def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, n, C] to rotated queries, rotated keys and values, each [B, H, n, D]."""
         batch, length, dim = x.shape
-        heads = self.query_key_value(x).view(batch, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        query, key, value = heads.unbind(0)  # [B, H, n, D]
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        return rotate(self.norm_query(query), cos, sin), rotate(self.norm_key(key), cos, sin), value
+        head_dim = dim // self.heads
+        heads = self.query_key_value(x).view(batch, length, 3, self.heads, head_dim)
+        # queries and keys are normalized and turned together: half as many passes over memory
+        both = F.layer_norm(heads[:, :, :2], (head_dim,)) * torch.stack([self.query_gain, self.key_gain])[:, None].to(x.dtype)
+        both = rotate(both, cos.to(both.dtype)[:, None, None], sin.to(both.dtype)[:, None, None])  # [B, n, 2, H, D]
+        query, key = both.permute(2, 0, 3, 1, 4).unbind(0)
+        return query, key, heads[:, :, 2].transpose(1, 2)
 
     def output(self, attended: Tensor) -> Tensor:
         """[B, H, n, D] back to [B, n, C]."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tessera.config import load, to_plain
-from tessera.data.order import SampleKey, mix, permuted, sample_keys
+from tessera.data.order import SampleKey, mix, permuted
 from tessera.data.shards import TokenShards
 from tessera.errors import UserError
 from tessera.model_folder import ModelFolder, write_part
@@ -164,12 +164,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def validation_batches(
     shards: TokenShards, rows: np.ndarray, tokenizer: TextTokenizer, *, batch_size: int
-) -> list[dict[str, torch.Tensor]] | None:
-    """The held-out samples with their captions as they are, or None if there are none."""
-    if len(rows) == 0:
-        return None
+) -> list[dict[str, torch.Tensor]]:
+    """The held-out samples with their captions as they are."""
     source = TokenBatches(shards, rows, tokenizer, condition_dropout=0.0, bpe_dropout=0.0)
-    keys = sample_keys(0, len(rows), size=len(rows), seed=0)
+    keys = [SampleKey(index, 0) for index in range(len(rows))]
     return [source.batch(keys[start : start + batch_size]) for start in range(0, len(keys), batch_size)]
 
 

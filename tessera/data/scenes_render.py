@@ -80,9 +80,7 @@ def render(scene: Scene, image_size: tuple[int, int] = (64, 64)) -> NDArray[np.u
     return image
 
 
-def edge_distances(
-    shape: str, x: NDArray[np.floating], y: NDArray[np.floating]
-) -> tuple[NDArray[np.floating], ...]:
+def edge_distances(shape: str, x: NDArray[np.floating], y: NDArray[np.floating]) -> tuple[NDArray[np.floating], ...]:
     """Signed distances to the edges nearby, negative inside, of a shape whose surrounding circle is the unit circle.
 
     A point is inside the shape where it is inside of all of them; by symmetry one or two edges stand for all.
@@ -102,9 +100,7 @@ def edge_distances(
     return _star_edges(x, y)
 
 
-def _star_edges(
-    x: NDArray[np.floating], y: NDArray[np.floating]
-) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+def _star_edges(x: NDArray[np.floating], y: NDArray[np.floating]) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
     """The two edges of the nearest of five rays, one of which points up: the plane is folded onto that one."""
     # Angles clockwise from the upper ray: 0..180 degrees after the first fold, -36..72 after the second, -36..36 after
     # the third.

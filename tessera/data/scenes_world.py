@@ -56,10 +56,10 @@ SEEN_PAIRS = tuple(
 )
 """The other 40 of the 48 (shape, color) pairs."""
 
-RADIUS_RANGES = MappingProxyType({"small": (0.120, 0.130), "large": (0.165, 0.178)})
+RADIUS_RANGES = MappingProxyType({"small": (0.130, 0.139), "large": (0.168, 0.180)})
 """Size -> lowest and highest radius of the circle around an object, in fractions of the shorter side."""
 
-SIZE_THRESHOLD = 0.1465
+SIZE_THRESHOLD = 0.1530
 """A radius below is small, from here on large: the middle of the gap between the two ranges, as a ratio."""
 
 CLEARANCE = 0.04

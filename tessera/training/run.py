@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -11,12 +11,14 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch.utils.data import DataLoader
 
 from tessera.data.loader import Batch, BatchSource, KeyedLoader
 from tessera.errors import UserError
 from tessera.precision import resolve_device, resolve_precision
 from tessera.training.callbacks import ProgressClock, ProgressLine, RandomState, Saver
 from tessera.training.checkpoint import AtomicCheckpointIO, checkpoint_step, newest_readable
+from tessera.training.memory import reuse_freed_memory
 from tessera.training.metrics import METRICS_DIR, metrics_version
 from tessera.training.optim import OptimizerConfig
 
@@ -83,7 +85,7 @@ def run_training(
     config: TrainerConfig,
     optim: OptimizerConfig,
     run_dir: Path,
-    validation: Iterable[Batch] | None = None,
+    validation: Sequence[Batch] = (),
     callbacks: tuple[Callback, ...] = (),
 ) -> TrainingResult:
     """Trains `module` in place, resuming from the newest checkpoint in `run_dir`; its weights end as the averaged ones.
@@ -95,7 +97,7 @@ def run_training(
         config: how long and on what.
         optim: schedule and weight averaging.
         run_dir: receives metrics/, TensorBoard events and checkpoints/.
-        validation: a sized collection of batches, or None.
+        validation: batches to validate on; may be empty.
         callbacks: more callbacks.
 
     Raises:
@@ -103,6 +105,8 @@ def run_training(
     """
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
+    if device.type == "cpu":
+        reuse_freed_memory()
     checkpoint_dir = run_dir / "checkpoints"
     resume_from, damaged = newest_readable(checkpoint_dir)
     for path in damaged:
@@ -139,7 +143,7 @@ def run_training(
             callbacks=[clock, *averaging, RandomState(), saver, *callbacks, ProgressLine(name, clock, batch_size=config.batch_size)],
             plugins=[AtomicCheckpointIO()],
             log_every_n_steps=config.log_every_steps,
-            val_check_interval=config.validate_every_steps if validation is not None else None,
+            val_check_interval=config.validate_every_steps if validation else None,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             enable_progress_bar=False,
@@ -156,7 +160,9 @@ def run_training(
             world_size=trainer.world_size,
             num_workers=config.num_workers,
         )
-        trainer.fit(module, loader, validation, ckpt_path=resume_from, weights_only=True)
+        # a bare list would be taken for several loaders
+        validation_loader = DataLoader(validation, batch_size=None) if validation else None  # type: ignore[arg-type]
+        trainer.fit(module, loader, validation_loader, ckpt_path=resume_from, weights_only=True)
     if saver.interrupted:
         raise KeyboardInterrupt
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}

@@ -102,3 +102,18 @@ def test_it_overfits_a_few_images(quantizer: str) -> None:
     vae.eval()
     error = (vae.decode(vae.encode(images)) - images).abs().mean()
     assert float(error) < 0.06
+
+
+def test_codes_depend_on_their_neighborhood_only() -> None:
+    """The codes of a flat background must not change with an object far away: the prior would have to predict that."""
+    torch.manual_seed(0)
+    vae = DiscreteVAE(DiscreteVAEConfig(widths=(16, 32), blocks=(1, 2), levels=(8, 5, 5, 5))).eval()
+    plain = torch.full((1, 3, 96, 96), 0.7)
+    with_object = plain.clone()
+    with_object[:, :, 40:56, 40:56] = torch.rand(1, 3, 16, 16)
+    before, after = vae.encode(plain), vae.encode(with_object)
+    assert len(before.unique()) == 1, "borders must not show either"
+    changed = (before != after)[0].nonzero()
+    assert len(changed) > 0
+    assert changed.min() >= 3
+    assert changed.max() <= 8

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sampling import logits as logit_functions
 from sampling.bf16_weights import use_bf16_weights
-from sampling.decode import Forced, Sampled, SamplingSettings, Step, filter_logits, sample_codes
+from sampling.decode import Forced, Sampled, SamplingSettings, Step, filter_logits, rows_that_fit, sample_codes
 from sampling.likelihood import likelihood_ratio
 from sampling.random_stream import uniforms
 from tessera.errors import UserError
@@ -58,9 +58,7 @@ def uncached(prior: Prior, text_ids: Tensor, settings: SamplingSettings, *, seed
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
-@pytest.mark.parametrize(
-    "attention", [("full",), ("row", "column"), ("conv",)], ids=lambda pattern: "-".join(pattern)
-)
+@pytest.mark.parametrize("attention", [("full",), ("row", "column"), ("conv",)], ids=lambda pattern: "-".join(pattern))
 def test_the_loop_equals_uncached_guided_decoding(attention: tuple[MaskKind, ...], guidance: float) -> None:
     prior = random_prior(attention=attention)
     settings = SamplingSettings(guidance=guidance, temperature=0.8, top_k=12, top_p=0.95, min_p=0.01)
@@ -108,9 +106,7 @@ def test_an_image_is_the_same_alone_and_in_any_batch(guidance: float) -> None:
     seeds = torch.tensor([7, 8, 7, 2**50]).repeat_interleave(3)
 
     def draw(rows: Tensor, **options) -> Tensor:
-        return sample(
-            prior, texts[rows], settings, seeds=seeds[rows], image_index=index[rows], **options
-        ).codes
+        return sample(prior, texts[rows], settings, seeds=seeds[rows], image_index=index[rows], **options).codes
 
     together = draw(torch.arange(12))
     assert len({tuple(row.tolist()) for row in together}) == 12
@@ -139,9 +135,7 @@ def test_log_likelihoods_are_those_of_a_teacher_forced_pass_whatever_the_setting
     logits = prior(texts, sampled.codes).image_logits
     expected = logits.log_softmax(dim=2).gather(2, sampled.codes[:, :, None]).sum(dim=(1, 2))
     torch.testing.assert_close(sampled.log_likelihood.float(), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(
-        sampled.log_ratio, likelihood_ratio(prior, sampled.codes, texts), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(sampled.log_ratio, likelihood_ratio(prior, sampled.codes, texts), atol=1e-4, rtol=1e-4)
     assert sample(prior, texts, SamplingSettings()).log_ratio is None
 
 
@@ -191,7 +185,7 @@ def test_progress_is_told_after_every_position_and_can_cancel() -> None:
     steps: list[Step] = []
     sample(prior, texts, SamplingSettings(), max_rows=3, on_step=steps.append)
     assert [step.position for step in steps] == list(range(12)) * 2
-    assert [step.rows for step in steps[::12]] == [range(0, 3), range(3, 5)]
+    assert [step.rows for step in steps[::12]] == [range(3), range(3, 5)]
 
     def stop(step: Step) -> None:
         if step.position == 2:
@@ -199,6 +193,16 @@ def test_progress_is_told_after_every_position_and_can_cancel() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         sample(prior, texts, SamplingSettings(), on_step=stop)
+
+
+def test_a_large_cache_means_fewer_rows_in_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = random_prior()
+    assert rows_that_fit(prior) == 256
+    bytes_per_row = 2 * 4 * 32 * 17 * 4  # keys and values x layers x channels x positions x float32
+    cache = prior.new_cache(3)
+    assert cache.keys.nbytes + cache.values.nbytes == 3 * bytes_per_row
+    monkeypatch.setattr("sampling.decode.usable_memory_bytes", lambda: 8 * 5 * bytes_per_row)
+    assert rows_that_fit(prior) == 5
 
 
 def test_no_images_are_legal() -> None:
@@ -236,7 +240,9 @@ def test_wrong_inputs_are_refused(change: dict, message: str) -> None:
         sample(random_prior(), change.pop("text_ids", random_texts(2)), SamplingSettings(), **change)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 2.0}, {"guidance": -1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 2.0}, {"guidance": -1.0}]
+)
 def test_settings_out_of_range_are_refused_when_they_are_made(wrong: dict) -> None:
     with pytest.raises(UserError, match="expected"):
         SamplingSettings(**wrong)

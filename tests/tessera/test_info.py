@@ -30,8 +30,10 @@ def run(tmp_path):
     (folder / "checkpoints").mkdir(parents=True)
     for step in (200, 1000):
         (folder / "checkpoints" / f"step-{step:09d}.ckpt").touch()
-    (folder / "config.yaml").write_text("model:\n  width: 8\n")
-    (folder / "metrics.csv").write_text("epoch,loss,step,val_loss\n0,3.5,100,\n0,,200,3.25\n0,3.0,300,\n")
+    (folder / "config.yaml").write_text("config:\n  model:\n    width: 8\ninputs: {corpus: abc}\n")
+    for start, rows in (("000000000", "0,3.5,100,\n0,,200,3.25\n"), ("000000200", "0,3.0,300,\n")):
+        (folder / "metrics" / f"from-step-{start}").mkdir(parents=True)
+        (folder / "metrics" / f"from-step-{start}" / "metrics.csv").write_text(f"epoch,loss,step,val_loss\n{rows}")
     return folder
 
 
@@ -62,19 +64,22 @@ def test_a_model_folder_as_json(model, capsys):
 def test_a_run_folder_as_text_and_json(run, capsys):
     assert main([str(run)]) == 0
     text = capsys.readouterr().out
-    assert "checkpoints  200, 1000" in text
-    assert "loss = 3\n" in text and "val_loss = 3.25" in text and "model.width: 8" in text
+    assert f"run folder {run}, not finished\n" in text
+    assert "checkpoints at steps 200, 1000" in text
+    assert "last record at step 300" in text
+    assert " loss = 3\n" in text and "val_loss = 3.25" in text and "model.width: 8" in text and "corpus: abc" in text
     assert main([str(run), "--json"]) == 0
     description = json.loads(capsys.readouterr().out)
     assert description["kind"] == "run"
     assert description["checkpoints"] == [200, 1000]
-    assert description["metrics"] == {"epoch": 0, "loss": 3.0, "step": 300, "val_loss": 3.25}
+    assert description["metrics"] == {"loss": 3.0, "val_loss": 3.25}
+    assert description["step"] == 300 and not description["finished"]
 
 
 def test_a_run_that_has_just_begun(tmp_path, capsys):
     (tmp_path / "checkpoints").mkdir()
     assert main([str(tmp_path)]) == 0
-    assert "checkpoints  none" in capsys.readouterr().out
+    assert "no checkpoints" in capsys.readouterr().out
 
 
 def test_a_damaged_model_is_one_line(model, capsys):

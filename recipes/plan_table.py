@@ -1,0 +1,76 @@
+"""A plan as a small table for people, printed before anything starts."""
+
+import math
+
+from recipes.plan import DataFacts, Machine, Plan, peak_memory_gib, stage_seconds
+from tessera.precision import describe_hardware
+from tessera.training.run import TrainerConfig
+
+
+def plan_lines(plan: Plan, facts: DataFacts, machine: Machine) -> list[str]:
+    """Data, device, one line per stage, and estimates of time and memory."""
+    hardware = describe_hardware()
+    device = hardware["gpu"] if machine.kind == "cuda" else f"{hardware['cpu']}, {hardware['cores']} cores"
+    sizes, trainers = planned_sizes(plan), stage_trainers(plan)
+    lines = [
+        f"data    {facts.name}: {facts.num_images:,} images to train on",
+        f"device  {device}, {machine.precision}, {machine.flops / 1e9:,.0f} GFLOP/s",
+        "",
+        f"{'stage':<11}{'time':>7}{'steps':>9}{'batch':>7}  size",
+    ]
+    total = 0.0
+    for stage, seconds in stage_seconds(plan.training_seconds).items():
+        trainer = trainers.get(stage)
+        steps = expected_steps(plan, stage)
+        if steps is not None and plan.speed is not None:
+            seconds = min(seconds, steps * getattr(plan.speed, f"{stage}_step"))
+        total += seconds
+        shown = "" if steps is None else f"{steps:,}"
+        batch = "" if trainer is None else str(trainer.batch_size)
+        lines.append(f"{stage:<11}{clock(seconds):>7}{shown:>9}{batch:>7}  {sizes[stage]}".rstrip())
+    if plan.evaluation_seconds:
+        lines.append(f"{'evaluation':<11}{clock(plan.evaluation_seconds):>7}")
+        total += plan.evaluation_seconds
+    where = "GPU memory" if machine.kind == "cuda" else "memory"
+    lines += [
+        "",
+        f"about {clock(total)} minutes, at most {clock(plan.minutes * 60)}; "
+        f"peak {where} about {peak_memory_gib(plan, facts):.1f} of {machine.memory_gib:.0f} GiB",
+    ]
+    return lines
+
+
+def planned_sizes(plan: Plan) -> dict[str, str]:
+    """What each stage makes, in a few words."""
+    vae, prior = plan.dvae.model, plan.prior.model
+    height, width = plan.data.image_size
+    codes = math.prod(vae.levels) if vae.quantizer == "fsq" else vae.codebook_size
+    return {
+        "dvae": f"{height}x{width} pixels as {height // vae.downsampling}x{width // vae.downsampling} of {codes:,} "
+        f"codes, widths {'-'.join(map(str, vae.widths))}",
+        "encode": "token shards and text tokenizer",
+        "prior": f"{prior.depth} layers of {prior.dim}",
+        "scorer": f"{plan.scorer.model.image_layers} layers of {plan.scorer.model.dim}, matching head",
+        "tuning": "sampling settings",
+    }
+
+
+def stage_trainers(plan: Plan) -> dict[str, TrainerConfig]:
+    """The trainer's settings of the stages that have any."""
+    return {"dvae": plan.dvae.trainer, "prior": plan.prior.trainer, "scorer": plan.scorer.trainer}
+
+
+def expected_steps(plan: Plan, stage: str) -> int | None:
+    """How many steps a stage is likely to make: the clock ends it before its last one unless the data is small."""
+    trainer = stage_trainers(plan).get(stage)
+    if trainer is None:
+        return None
+    if plan.speed is None or trainer.budget_seconds is None:
+        return trainer.max_steps
+    return min(trainer.max_steps, max(1, int(trainer.budget_seconds / getattr(plan.speed, f"{stage}_step"))))
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, such as 2:05."""
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02d}"

@@ -1,0 +1,144 @@
+"""The folder that a fit goes on from: what was asked, the plan made of it, what was tuned, and if it is finished."""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recipes.plan import DataFacts, Plan
+from recipes.tune import Trial, Tuned
+from tessera.atomic_write import atomic_write
+from tessera.config import from_plain, to_plain
+from tessera.errors import UserError
+from tessera.model_folder import INDEX_FILE
+from tessera.plain_yaml import read_yaml, write_yaml
+
+DEFAULT_MINUTES = 20.0
+PLAN_FILE, TUNING_FILE, FINISHED_FILE, LEDGER_FILE = "plan.yaml", "tuning.json", "finished.json", "seconds.json"
+DATA_FOLDER = "data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user asked for; a run folder goes on only with the same."""
+
+    path: str
+    """scenes, emoji, or a folder or manifest as an absolute path"""
+    minutes: float = DEFAULT_MINUTES
+    """time for everything"""
+    image_size: tuple[int, int] = (64, 64)
+    """height and width in pixels"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+    seed: int = 0
+    """of all that is random"""
+    font: str | None = None
+    """color font for emoji"""
+    overrides: tuple[str, ...] = ()
+    """key=value settings of the plan"""
+
+
+class Stored(NamedTuple):
+    """What a run folder remembers of the moment when it was planned."""
+
+    request: Request
+    plan: Plan
+    facts: DataFacts
+    fingerprint: str
+    """Of the corpus."""
+
+
+class RunFolder:
+    """Reads and writes a run folder.
+
+    Args:
+        path: the folder; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether there is a plan to go on with."""
+        return (self.path / PLAN_FILE).is_file()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last step has been made."""
+        return (self.path / FINISHED_FILE).is_file()
+
+    def write_plan(self, stored: Stored) -> None:
+        """Stores the plan and what it was made for."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_yaml(self.path / PLAN_FILE, to_plain(stored._asdict()))
+
+    def read_plan(self) -> Stored:
+        """Reads what `write_plan` wrote.
+
+        Raises:
+            UserError: if the file is damaged.
+        """
+        source = str(self.path / PLAN_FILE)
+        content = read_yaml(source)
+        try:
+            return Stored(
+                request=from_plain(Request, content["request"], source=source),
+                plan=from_plain(Plan, content["plan"], source=source),
+                facts=from_plain(DataFacts, content["facts"], source=source),
+                fingerprint=str(content["fingerprint"]),
+            )
+        except KeyError as error:
+            raise UserError(f"{source} is damaged: it has no {error}; start over with --fresh") from error
+
+    def check_request(self, request: Request) -> None:
+        """Raises UserError, naming the difference, if the folder was begun for another request."""
+        before, now = asdict(self.read_plan().request), asdict(request)
+        for name, value in now.items():
+            if before[name] != value:
+                raise UserError(
+                    f"{self.path} was begun with {name} {_shown(before[name])}, now it is {_shown(value)}: "
+                    "choose another --out, or start over with --fresh"
+                )
+
+    def write_tuning(self, tuned: Tuned) -> None:
+        """Stores the sampling settings and how they were chosen."""
+        with atomic_write(self.path / TUNING_FILE) as temporary:
+            temporary.write_text(json.dumps(tuned._asdict(), indent=1))
+
+    def read_tuning(self) -> Tuned | None:
+        """What `write_tuning` wrote, or None."""
+        file = self.path / TUNING_FILE
+        if not file.is_file():
+            return None
+        content: dict[str, Any] = json.loads(file.read_text())
+        return Tuned(content["settings"], content["how"], [Trial(*trial) for trial in content["trials"]])
+
+    def finish(self, sha256: str) -> None:
+        """Marks the fit as finished with a model folder of this hash."""
+        with atomic_write(self.path / FINISHED_FILE) as temporary:
+            temporary.write_text(json.dumps({"sha256": sha256}))
+
+
+def start_over(out: Path, run_dir: Path) -> None:
+    """Deletes a model folder and its run folder, and nothing that is neither.
+
+    Raises:
+        UserError: if one of them holds something else.
+    """
+    for folder, known in ((out, {INDEX_FILE}), (run_dir, {PLAN_FILE, DATA_FOLDER})):
+        if not folder.exists():
+            continue
+        names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {""}
+        if names and not names & known:
+            raise UserError(f"--fresh: {folder} is not what an earlier fit made; delete it yourself to have it gone")
+    for folder in (out, run_dir):
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
