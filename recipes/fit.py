@@ -158,8 +158,8 @@ def _run_stages(plan: Plan, request: Request, ledger: Ledger, run: RunFolder, ou
         reconstructions = _reconstructions(plan, out)
         trainer = with_budget("scorer", plan.scorer.trainer)
         result = train_scorer(replace(plan.scorer, trainer=trainer), reconstructions=reconstructions)
-    right = result["metrics"]["look_alike_accuracy"]
-    say(f"           {result['steps']:,} steps, {right:.1%} right among look-alikes")
+    found = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in result["metrics"].items())
+    say(f"           {result['steps']:,} steps, right on held-out images: {found}")
     tuned = run.read_tuning()
     if tuned is None:
         announce("tuning the sampling settings")

@@ -125,11 +125,11 @@ def _scorer_step_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> floa
         text_vocab_size=layout.text_vocab_size,
     )
     model = ClipScorer(config).to(device)
-    group_size = min(plan.scorer.group_size, facts.num_images)
-    rows = max(1, plan.scorer.trainer.batch_size // group_size) * group_size
+    rows, captions = plan.scorer.trainer.batch_size, plan.scorer.num_captions
     images = torch.rand(rows, 3, *facts.image_size, device=device)  # [B, 3, H, W]
-    text_ids = torch.randint(layout.text_vocab_size, (rows, layout.text_len), device=device)  # [B, T]
+    text_ids = torch.randint(layout.text_vocab_size, (rows, captions, layout.text_len), device=device)  # [B, G, T]
     not_negative = torch.zeros(rows, rows, dtype=torch.bool, device=device)  # [B, B]
+    blind = torch.zeros(rows, dtype=torch.bool, device=device)  # [B]
 
     def loss() -> Tensor:
         with autocast(precision, device):
@@ -138,7 +138,7 @@ def _scorer_step_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> floa
                 images,
                 text_ids,
                 not_negative,
-                group_size=group_size,
+                blind=blind,
                 contrastive_weight=plan.scorer.contrastive_weight,
             ).total
 

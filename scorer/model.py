@@ -46,7 +46,7 @@ class ClipScorerConfig:
     """C, channels of patches and text states"""
     heads: int = 4
     """attention heads; dim / heads channels each"""
-    image_layers: int = 2
+    image_layers: int = 1
     """transformer layers over the patches"""
     text_layers: int = 2
     """transformer layers over the caption"""
@@ -159,10 +159,25 @@ class MatcherBlock(nn.Module):
         return self.block(x.flatten(0, 1), causal=True).view_as(x)
 
 
-class ImageStem(nn.Module):
-    """Images to patches [N, P, C]: convolutions at a quarter of the resolution tell shapes apart, then patches are cut.
+class ConvBlock(nn.Module):
+    """Two 3x3 convolutions behind a norm over channels and beside a skip connection."""
 
-    A quarter, because at full resolution the convolutions would cost more than all the rest.
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = Norm(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, channels, h, w]
+        # In channels_last memory the permuted view is contiguous: this normalizes without a copy.
+        y = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x + self.conv2(F.gelu(self.conv1(y)))
+
+
+class ImageStem(nn.Module):
+    """Images to patches [N, P, C]: convolutions tell shapes apart sooner than attention learns to.
+
+    They begin at a quarter of the resolution, because at the full one they would cost more than all the rest.
     """
 
     def __init__(self, config: ClipScorerConfig) -> None:
@@ -170,17 +185,16 @@ class ImageStem(nn.Module):
         width, side = config.stem_width, config.patch_size // _STEM_STRIDE
         self.patch_size = config.patch_size
         self.pixel_stem = nn.Conv2d(3, width, _STEM_STRIDE + 2, stride=_STEM_STRIDE, padding=1)
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.fine = ConvBlock(width)
         self.to_patches = nn.Conv2d(width, config.dim, side, stride=side)
+        self.coarse = ConvBlock(config.dim)
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[2:]
         missing = (0, -width % self.patch_size, 0, -height % self.patch_size)
         images = F.pad(4 * images - 2, missing).contiguous(memory_format=torch.channels_last)
-        x = self.pixel_stem(images)
-        x = x + self.conv2(F.gelu(self.conv1(F.gelu(x))))
-        return self.to_patches(F.gelu(x)).flatten(2).transpose(1, 2)
+        x = self.to_patches(F.gelu(self.fine(self.pixel_stem(images))))
+        return self.coarse(x).flatten(2).transpose(1, 2)
 
 
 class TextStates(NamedTuple):
@@ -255,6 +269,9 @@ class ClipScorer(nn.Module):
                 nn.init.zeros_(module.project.weight)
             elif isinstance(module, MLP):
                 nn.init.zeros_(module.down.weight)
+            elif isinstance(module, ConvBlock):
+                nn.init.zeros_(module.conv2.weight)
+                nn.init.zeros_(module.conv2.bias)  # type: ignore[arg-type]
         nn.init.normal_(self.text_embedding.weight)
         nn.init.normal_(self.begin_embedding)
         nn.init.normal_(self.patch_positions, std=0.5)

@@ -69,7 +69,7 @@ class PriorConfig:
     depth: int = 6
     """number of layers"""
     heads: int = 4
-    """attention heads; dim / heads channels each, a multiple of 4"""
+    """attention heads; dim / heads channels each, a multiple of 8"""
     attention: tuple[MaskKind, ...] = ("row", "column", "row", "full")
     """mask kinds, repeated over the layers; a "conv" entry is kept for the last layer"""
     kernel_size: int = 11
@@ -80,9 +80,9 @@ class PriorConfig:
     """longest rotary wavelength is 2 pi times this, in positions"""
 
     def __post_init__(self) -> None:
-        if self.dim < 1 or self.depth < 1 or self.heads < 1 or self.dim % self.heads or self.dim // self.heads % 4:
+        if self.dim < 1 or self.depth < 1 or self.heads < 1 or self.dim % self.heads or self.dim // self.heads % 8:
             raise UserError(
-                f"prior dim must be a multiple of 4 x heads and depth at least 1; "
+                f"prior dim must be a multiple of 8 x heads and depth at least 1; "
                 f"got dim={self.dim}, heads={self.heads}, depth={self.depth}"
             )
 
@@ -104,25 +104,27 @@ class Norm(nn.Module):
 
 
 def rotary_angles(layout: SequenceLayout, head_dim: int, theta: float) -> Tensor:
-    """The rotation angle of every position and channel pair, float32 [N, head_dim / 2].
+    """The rotation angle of every position and channel pair that turns, float32 [N, head_dim / 4].
 
-    One half of the pairs turns with the row, the other with the column. Text position p counts as row and column
+    Half of the channels of a head turn, so that the others can match content at any distance: an image position has to
+    find its word wherever in the caption it stands. One half of the pairs turns with the row, the other with the column. Text position p counts as row and column
     p - T, that is, on the diagonal up and left of the image: between text positions the angles are one-dimensional,
     between image positions two-dimensional, and the two meet without a special case.
     """
     text = torch.arange(-layout.text_len, 0)
     rows = torch.arange(layout.grid_height).repeat_interleave(layout.grid_width)
     columns = torch.arange(layout.grid_width).repeat(layout.grid_height)
-    frequency = theta ** (-torch.arange(head_dim // 4) / (head_dim // 4))  # [D/4]
-    row_angles = torch.cat([text, rows])[:, None] * frequency  # [N, D/4]
+    frequency = theta ** (-torch.arange(head_dim // 8) / (head_dim // 8))  # [D/8]
+    row_angles = torch.cat([text, rows])[:, None] * frequency  # [N, D/8]
     column_angles = torch.cat([text, columns])[:, None] * frequency
     return torch.cat([row_angles, column_angles], dim=1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns channel pairs (d, d + D/2) of x [..., D] by the angles whose cos and sin broadcast to [..., D/2]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    """Turns the first half of the channels of x [..., D], in pairs (d, d + D/4), by angles that broadcast to [..., D/4]."""
+    quarter = x.shape[-1] // 4
+    first, second, still = x.split([quarter, quarter, 2 * quarter], dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos, still], dim=-1)
 
 
 class Attention(nn.Module):

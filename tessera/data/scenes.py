@@ -33,7 +33,8 @@ from tessera.data.scenes_world import (
     HELD_OUT_PAIRS,
     PALETTE,
     PROMPT_CLASSES,
-    RADIUS_RANGES,
+    LATTICE,
+    RADII,
     RELATIONS,
     SEEN_PAIRS,
     SHAPES,
@@ -199,7 +200,8 @@ class ScenesCorpus:
             "seed": self.seed,
             "split": self.split,
             "palette": {name: list(color) for name, color in PALETTE.items()},
-            "radius_ranges": {size: list(limits) for size, limits in RADIUS_RANGES.items()},
+            "radii": dict(RADII),
+            "lattice": LATTICE,
             "clearance": CLEARANCE,
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

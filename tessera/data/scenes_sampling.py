@@ -19,9 +19,10 @@ from tessera.data.scenes_world import (
     CLEARANCE,
     COLORS,
     HELD_OUT_PAIRS,
+    LATTICE,
     MAX_COUNT,
     PROMPT_CLASSES,
-    RADIUS_RANGES,
+    RADII,
     RELATION_DOMINANCE,
     RELATIONS,
     SEEN_PAIRS,
@@ -301,27 +302,32 @@ def _clear_relation(dx: float, dy: float) -> str | None:
     return None
 
 
+def _on_lattice(u: NDArray[np.float64], inset: NDArray[np.float64], side: float) -> NDArray[np.float64]:
+    """Numbers u in [0, 1) as coordinates on the lattice, each equally likely, no closer to the border than `inset`."""
+    reach = np.floor((side / 2 - inset) * LATTICE)  # steps from the middle to either side
+    return side / 2 + (np.floor(u * (2 * reach + 1)) - reach) / LATTICE
+
+
 def _place(
     generator: np.random.Generator,
     content: Sequence[ObjectSpec],
     relation: str | None,
     extent: tuple[float, float],
 ) -> tuple[PlacedObject, ...]:
-    """Draws radii and places until nothing touches and the relation is clear."""
+    """Draws places until nothing touches and the relation is clear."""
     count = len(content)
-    ranges = np.array([RADIUS_RANGES[full.size or "small"] for full in content])  # [N, 2]
+    radii = np.array([RADII[full.size or "small"] for full in content])  # [N]
+    inset = radii + CLEARANCE
     # Layouts are drawn by the batch and the first that fits is taken. The second half of a batch puts every object into
     # a quarter of its own: three or four large ones would hardly ever fit by chance.
     tries = (1, 64, 128, 256)[min(count, 4) - 1]
     apart = ~np.eye(count, dtype=bool)
     for _ in range(100):
-        radii = ranges[:, 0] + generator.random(count) * (ranges[:, 1] - ranges[:, 0])  # [N]
-        inset = radii + CLEARANCE
         u = generator.random((tries, count, 2))
         if 2 < count <= 4:
             u[tries // 2 :] = (u[tries // 2 :] + _QUARTERS[generator.permutation(4)[:count]]) / 2
-        x = inset + u[..., 0] * (extent[1] - 2 * inset)  # [tries, N]
-        y = inset + u[..., 1] * (extent[0] - 2 * inset)
+        x = _on_lattice(u[..., 0], inset, extent[1])  # [tries, N]
+        y = _on_lattice(u[..., 1], inset, extent[0])
         fits = np.ones(tries, bool)
         if count > 1:
             dx, dy = x[:, :, None] - x[:, None, :], y[:, :, None] - y[:, None, :]  # [tries, N, N]

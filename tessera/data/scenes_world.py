@@ -56,11 +56,15 @@ SEEN_PAIRS = tuple(
 )
 """The other 40 of the 48 (shape, color) pairs."""
 
-RADIUS_RANGES = MappingProxyType({"small": (0.130, 0.139), "large": (0.168, 0.180)})
-"""Size -> lowest and highest radius of the circle around an object, in fractions of the shorter side."""
+RADII = MappingProxyType({"small": 0.133, "large": 0.174})
+"""Size -> radius of the circle around an object, in fractions of the shorter side."""
 
-SIZE_THRESHOLD = 0.1530
-"""A radius below is small, from here on large: the middle of the gap between the two ranges, as a ratio."""
+LATTICE = 16
+"""Centers lie on a lattice of so many steps per shorter side, counted from the middle of the picture: places vary, yet a
+discrete tokenizer meets every local pattern often enough to learn it from a few thousand pictures."""
+
+SIZE_THRESHOLD = 0.152
+"""A radius below is small, from here on large: the middle between the two radii, as a ratio."""
 
 CLEARANCE = 0.04
 """Least distance between the circles around two objects, and between such a circle and the border."""

@@ -43,6 +43,8 @@ class OptimizerConfig:
     """share of training, 0 to 1, over which the rate rises linearly from zero"""
     final_rate: float = 0.02
     """the rate at the end as a share of the peak"""
+    embedding_rate: float = 10.0
+    """learning rate of embedding tables as a multiple of learning_rate"""
     clip_norm: float = 1.0
     """largest norm of the gradient"""
     ema_horizon: float = 0.03
@@ -68,7 +70,8 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> "MuonAdamW":
     """Muon for the weights of hidden linear and convolution layers of `module`, AdamW for the rest.
 
     A layer is hidden unless its name ends in "head" or "stem", the module's ends toward data, where rows are classes or
-    pixels and not directions of one space.
+    pixels and not directions of one space. Embedding tables learn `embedding_rate` times as fast: a row starts at unit
+    size and gets a gradient only when its token occurs.
     """
     hidden: list[nn.Parameter] = []
     for name, layer in module.named_modules():
@@ -76,8 +79,11 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> "MuonAdamW":
             hidden.append(layer.weight)
     hidden = [weight for weight in hidden if weight.requires_grad]
     hidden_ids = {id(weight) for weight in hidden}
-    rest = [weight for weight in module.parameters() if weight.requires_grad and id(weight) not in hidden_ids]
-    return MuonAdamW(hidden, rest, config)
+    tables = [layer.weight for layer in module.modules() if isinstance(layer, nn.Embedding)]
+    tables = [weight for weight in tables if weight.requires_grad]
+    elsewhere = hidden_ids | {id(weight) for weight in tables}
+    rest = [weight for weight in module.parameters() if weight.requires_grad and id(weight) not in elsewhere]
+    return MuonAdamW(hidden, rest, config, tables=tables)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -86,16 +92,26 @@ class MuonAdamW(torch.optim.Optimizer):
     Args:
         hidden: parameters of 2 or 4 dimensions, updated by Muon; kernels [O, I, h, w] count as matrices [O, I h w].
         rest: parameters of any shape, updated by AdamW.
-        config: rates; `learning_rate` applies to both.
+        config: rates; `learning_rate` applies to all.
+        tables: embeddings, updated by AdamW at `embedding_rate` times the learning rate.
     """
 
-    def __init__(self, hidden: list[nn.Parameter], rest: list[nn.Parameter], config: OptimizerConfig) -> None:
+    def __init__(
+        self,
+        hidden: list[nn.Parameter],
+        rest: list[nn.Parameter],
+        config: OptimizerConfig,
+        *,
+        tables: list[nn.Parameter] | None = None,
+    ) -> None:
         common = {"lr": config.learning_rate, "momentum": config.momentum, "betas": config.betas, "eps": 1e-8}
         groups: list[dict[str, Any]] = []
         if hidden:
-            groups.append({**common, "params": hidden, "rule": "muon", "weight_decay": config.weight_decay})
+            groups.append({**common, "params": hidden, "rule": "muon", "weight_decay": config.weight_decay, "rate": 1.0})
         if rest:
-            groups.append({**common, "params": rest, "rule": "adamw", "weight_decay": 0.0})
+            groups.append({**common, "params": rest, "rule": "adamw", "rate": 1.0})
+        if tables:
+            groups.append({**common, "params": tables, "rule": "adamw", "rate": config.embedding_rate})
         super().__init__(groups, defaults={})
 
     @torch.no_grad()

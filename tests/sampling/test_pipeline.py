@@ -77,6 +77,18 @@ def test_pixels_are_the_decoded_codes(pipeline: Pipeline) -> None:
     assert image.image.std() > 1, "a blank picture would make this test blind"
 
 
+def test_each_image_is_scored_against_its_own_prompt(pipeline: Pipeline) -> None:
+    class LengthScorer:
+        name = "length"
+
+        def score(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+            return torch.tensor([float(len(text)) for text in texts])
+
+    scored = Pipeline(prior=pipeline.prior, vae=pipeline.vae, tokenizer=pipeline.tokenizer, scorer=LengthScorer())
+    for image in scored(["a", "a red", "a red star"], n=3):
+        assert image.scores["clip"] == len(image.prompt)
+
+
 def test_best_of_returns_the_highest_scores_in_order(pipeline: Pipeline) -> None:
     best = with_scores(pipeline, [0.1, 0.9, 0.5, 0.7])("a red star", n=3, best_of=4)
     assert [image.image_index for image in best] == [1, 3, 2]

@@ -38,7 +38,7 @@ def configured(**changes: object) -> TrainConfig:
     trainer = TrainerConfig(
         max_steps=120, batch_size=16, device="cpu", precision="fp32", validate_every_steps=60, log_every_steps=20
     )
-    arguments: dict = {"model": TINY, "trainer": trainer, "optim": OptimizerConfig(learning_rate=1e-2), **changes}
+    arguments: dict = {"model": TINY, "trainer": trainer, "optim": OptimizerConfig(learning_rate=3e-2), **changes}
     return TrainConfig(**arguments)
 
 

@@ -33,7 +33,7 @@ from tessera.data.scenes import (
     scene_captions,
 )
 from tessera.data.scenes_parser import oklab
-from tessera.data.scenes_world import CLEARANCE, RADIUS_RANGES, RELATION_DOMINANCE, SIZE_THRESHOLD, relation_offsets
+from tessera.data.scenes_world import CLEARANCE, LATTICE, RADII, RELATION_DOMINANCE, SIZE_THRESHOLD, relation_offsets
 from tessera.errors import UserError
 
 _DOCUMENT = Path(__file__).parents[3] / "docs" / "scenes.md"
@@ -159,8 +159,9 @@ def test_objects_keep_their_distance_and_relations_are_clear(image_size: tuple[i
         height, width = scene.extent
         assert (height, width) == (image_size[0] / min(image_size), image_size[1] / min(image_size))
         for placed in scene.objects:
-            low, high = RADIUS_RANGES[placed.size]
-            assert low <= placed.radius <= high
+            assert placed.radius == RADII[placed.size]
+            for steps in ((placed.x - width / 2) * LATTICE, (placed.y - height / 2) * LATTICE):
+                assert abs(steps - round(steps)) < 1e-6
             reach = placed.radius + CLEARANCE - 1e-9
             assert reach <= placed.x <= width - reach and reach <= placed.y <= height - reach
         for one, other in combinations(scene.objects, 2):
@@ -173,7 +174,7 @@ def test_objects_keep_their_distance_and_relations_are_clear(image_size: tuple[i
 
 
 def test_sizes_leave_a_gap_around_the_threshold() -> None:
-    assert RADIUS_RANGES["small"][1] * 1.08 < SIZE_THRESHOLD < RADIUS_RANGES["large"][0] / 1.08
+    assert RADII["small"] * 1.1 < SIZE_THRESHOLD < RADII["large"] / 1.1
 
 
 def test_samples_depend_on_seed_index_and_split_alone() -> None:
@@ -196,7 +197,7 @@ def test_the_stream_of_version_1_does_not_change() -> None:
     spec, scene = sample_scene(0, 1)
     assert spec.objects == (ObjectSpec("triangle", "orange"), ObjectSpec("circle", "blue", "small"))
     assert (spec.relation, scene.background, scene.objects[0].size) == ("above", "gray", "large")
-    assert scene.objects[0].x == pytest.approx(0.770735, abs=1e-6)
+    assert [(placed.x, placed.y) for placed in scene.objects] == [(0.625, 0.375), (0.6875, 0.8125)]
     assert [prompt.text for prompt in sample_prompts(6, seed=0, pairs="unseen")] == [
         "there is an orange square",
         "one cyan circle and a blue cross",
@@ -333,8 +334,9 @@ def test_corpus_ends_where_it_says() -> None:
 
 def test_the_documentation_states_the_sizes_that_are_drawn() -> None:
     text = _DOCUMENT.read_text()
-    for low, high in RADIUS_RANGES.values():
-        assert re.search(rf"{low:.3f} to {high:.3f}", text)
+    for radius in RADII.values():
+        assert f"{radius:.3f}" in text
+    assert f"lattice of {LATTICE}" in text
     assert f"at least {CLEARANCE} of the shorter side" in text
 
 

@@ -213,8 +213,8 @@ def test_reasons_say_what_is_wrong() -> None:
 
 
 def test_only_pictures_are_parsed() -> None:
-    wrong: NDArray[Any]
-    for wrong in (np.zeros((64, 64), np.uint8), np.zeros((3, 64, 64), np.uint8), np.zeros((64, 64, 3))):
+    arrays: list[Any] = [np.zeros((64, 64), np.uint8), np.zeros((3, 64, 64), np.uint8), np.zeros((64, 64, 3))]
+    for wrong in arrays:
         with pytest.raises(UserError, match="uint8"):
             parse(wrong)
     with pytest.raises(UserError, match="at least 16 pixels"):

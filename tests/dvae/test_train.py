@@ -1,0 +1,109 @@
+"""Training the dVAE as a command: crops, resuming a finished run, errors; encoding and reconstructing with the result."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dvae.encode import EncodeConfig, encode, fitting_text_len
+from dvae.model import DiscreteVAEConfig
+from dvae.reconstruct import code_map
+from dvae.reconstruct import main as reconstruct_main
+from dvae.train import ImageBatches, TrainConfig, train
+from tessera.data.config import DataConfig
+from tessera.data.order import sample_keys
+from tessera.data.shards import TokenShards
+from tessera.errors import UserError
+from tessera.model_folder import ModelFolder
+from tessera.training.run import TrainerConfig
+
+DATA = DataConfig(path="scenes", image_size=(16, 24), limit=40)
+
+
+def tiny(tmp_path: Path, **changes: object) -> TrainConfig:
+    settings: dict = {
+        "data": DATA,
+        "model": DiscreteVAEConfig(widths=(8, 16), blocks=(0, 1), levels=(4, 4)),
+        "trainer": TrainerConfig(max_steps=6, batch_size=4, device="cpu", precision="fp32", validate_every_steps=3),
+        "out": str(tmp_path / "model"),
+        "run_dir": str(tmp_path / "run"),
+    }
+    return TrainConfig(**(settings | changes))
+
+
+def test_crops_prefer_the_eventful_part_of_a_picture() -> None:
+    images = np.zeros((1, 32, 32, 3), np.uint8)
+    images[0, 20:28, 20:28] = 255
+    source = ImageBatches(images, crop=16, crop_candidates=8)
+    batch = source.batch(sample_keys(0, 16, size=1, seed=0))["images"]
+    assert batch.shape == (16, 16, 16, 3)
+    assert (batch.float().amax(dim=(1, 2, 3)) == 255).all()
+
+
+def test_a_batch_depends_on_its_keys_alone() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    source = ImageBatches(images, flip=True, crop=8)
+    keys = sample_keys(0, 6, size=8, seed=1)
+    whole = source.batch(keys)["images"]
+    for place, key in enumerate(keys):
+        assert (source.batch([key])["images"][0] == whole[place]).all()
+    flipped = ImageBatches(images, flip=True).batch(keys)["images"].numpy()
+    for place, key in enumerate(keys):
+        expected = images[key.index][:, ::-1] if key.seed & 1 else images[key.index]
+        assert (flipped[place] == expected).all()
+
+
+def test_it_trains_exports_and_remembers(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    result = train(config)
+    assert result["steps"] == 6
+    assert set(result["metrics"]) == {"psnr", "ssim", "codebook_usage", "perplexity", "dead_codes"}
+    folder = ModelFolder.open(tmp_path / "model", parts=["dvae"])
+    assert folder.part_sha256("dvae") == result["sha256"]
+    assert train(config) == result, "a finished run is not run again"
+    with pytest.raises(UserError, match=r"config.trainer.max_steps was 6 and is now 7"):
+        train(tiny(tmp_path, trainer=TrainerConfig(max_steps=7, batch_size=4, device="cpu", precision="fp32")))
+
+
+def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="divisible by 8 .*; got 20x24"):
+        train(tiny(tmp_path, data=DataConfig(image_size=(20, 24))))
+    with pytest.raises(UserError, match="crop must be a multiple of 8 of at most 16 pixels; got 24"):
+        train(tiny(tmp_path, crop=24))
+
+
+def test_a_trained_dvae_encodes_and_reconstructs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny(tmp_path))
+    config = EncodeConfig(data=DATA, out=str(tmp_path / "model"), shards=str(tmp_path / "shards"), vocab_size=300)
+    result = encode(config)
+    shards = TokenShards(tmp_path / "shards")
+    assert (result["num_samples"], result["grid"]) == (40, [2, 3])
+    assert shards.codes.shape == (40, 6)
+    assert shards.codes.max() < 16
+    assert shards.captions(3) == DATA.open("train").captions(3)
+    written = (tmp_path / "shards" / "codes.u16").stat().st_mtime_ns
+    encode(config)
+    assert (tmp_path / "shards" / "codes.u16").stat().st_mtime_ns == written, "the same shards are not made again"
+
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    arguments = [str(tmp_path / "model"), str(tmp_path / "a.png"), str(tmp_path / "broken.png")]
+    assert reconstruct_main([*arguments, "--out", str(tmp_path / "out"), "--json"]) == 0
+    printed = capsys.readouterr()
+    (line,) = printed.out.splitlines()
+    assert Path(json.loads(line)["path"]).exists()
+    assert "broken.png" in printed.err
+
+
+def test_equal_codes_have_equal_colors() -> None:
+    picture = code_map(np.array([[5, 7], [7, 5]]), 8, 8)
+    assert (picture[:4, :4] == picture[4:, 4:]).all()
+    assert (picture[:4, :4] != picture[:4, 4:]).any()
+
+
+def test_text_positions_fit_the_captions() -> None:
+    assert fitting_text_len(np.array([], dtype=np.int64)) == 8
+    assert fitting_text_len(np.full(100, 12)) == 16
+    assert fitting_text_len(np.full(100, 5000)) == 256

@@ -1,0 +1,56 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from recipes.accuracy import TUNING_SEED
+from recipes.evaluate import main
+from tessera.data.scenes import PROMPT_CLASSES
+from tessera.errors import run_command
+
+
+def test_scenes_give_every_figure_by_split_and_class(
+    scenes_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.evaluate._MEASURED_IMAGES", 24)
+    file = tmp_path / "r.json"
+    argv = [str(scenes_model), "scenes", "--json", str(file), "--prompts", "6", "--best-of", "4", "--device", "cpu"]
+    assert main(argv) == 0
+    figures = json.loads(file.read_text())
+    assert {"psnr", "ssim", "codebook_usage", "perplexity"} <= set(figures["dvae"])
+    assert {"image_loss", "text_loss", "caption_gap"} == set(figures["prior"])
+    assert 0 <= figures["scorer"]["recall_at_1"] <= 1
+    accuracy = figures["accuracy"]
+    assert accuracy["prompts"] == {"seen": 6, "unseen": 6}
+    for kind in ("single", "best_of_4", "oracle_of_4"):
+        for pairs in ("seen", "unseen"):
+            assert set(accuracy[kind][pairs]) == {"all", *PROMPT_CLASSES}
+    assert accuracy["renders"] > 0.5 > accuracy["reconstructions"]  # true pictures of 16 pixels, and noise
+    assert figures["hardware"]["cores"] >= 1 and "torch" in figures["versions"]
+    shown = capsys.readouterr().out
+    assert "psnr" in shown and "best of 4, unseen" in shown
+
+
+def test_a_folder_is_measured_without_a_parser(scenes_model: Path, image_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    assert main([str(scenes_model), str(image_folder), "--json", str(file), "--device", "cpu"]) == 0
+    figures = json.loads(file.read_text())
+    assert "accuracy" not in figures
+    assert figures["images"] >= 1
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["scenes", "--prompts", "0"], "--prompts and --best-of must be at least 1"),
+        (["scenes", "--json", "absent/r.json"], "its folder does not exist"),
+        (["scenes", "--seed", str(TUNING_SEED)], "take another"),
+        (["nowhere"], "no data 'nowhere'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    scenes_model: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(main, [str(scenes_model), *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

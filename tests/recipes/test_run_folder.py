@@ -1,0 +1,60 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from recipes.plan import DataFacts, Plan
+from recipes.run_folder import Request, RunFolder, Stored, start_over
+from recipes.tune import Trial, Tuned
+from tessera.errors import UserError
+
+REQUEST = Request(path="scenes", minutes=3.0, overrides=("dvae.flip=true",))
+FACTS = DataFacts(name="scenes", num_images=5, image_size=(64, 64), text_len=8)
+
+
+def planned(folder: Path) -> RunFolder:
+    run = RunFolder(folder)
+    run.write_plan(Stored(REQUEST, Plan(minutes=3.0), FACTS, "abc"))
+    return run
+
+
+def test_a_plan_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    assert planned(tmp_path / "run").read_plan() == Stored(REQUEST, Plan(minutes=3.0), FACTS, "abc")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"minutes": 4.0}, "begun with minutes 3, now it is 4"),
+        ({"path": "emoji"}, "begun with path scenes, now it is emoji"),
+        ({"overrides": ()}, "begun with overrides dvae.flip=true, now it is none"),
+    ],
+)
+def test_another_request_is_refused_and_told_what_to_do(tmp_path: Path, change: dict, message: str) -> None:
+    run = planned(tmp_path / "run")
+    run.check_request(REQUEST)
+    with pytest.raises(UserError, match=f"{message}: choose another --out, or start over with --fresh"):
+        run.check_request(replace(REQUEST, **change))
+
+
+def test_tuning_is_read_back(tmp_path: Path) -> None:
+    run = planned(tmp_path / "run")
+    assert run.read_tuning() is None
+    tuned = Tuned({"temperature": 0.5}, "by hand", [Trial(0.5, 1.0, 0.7, 12)])
+    run.write_tuning(tuned)
+    assert run.read_tuning() == tuned
+
+
+def test_starting_over_deletes_what_a_fit_made_and_nothing_else(tmp_path: Path) -> None:
+    out, run_dir, photos = tmp_path / "m", tmp_path / "m.run", tmp_path / "photos"
+    out.mkdir()
+    (out / "tessera.yaml").write_text("")
+    planned(run_dir)
+    photos.mkdir()
+    (photos / "cat.png").write_text("")
+    with pytest.raises(UserError, match="not what an earlier fit made"):
+        start_over(photos, run_dir)
+    assert run_dir.exists() and (photos / "cat.png").exists()
+    start_over(out, run_dir)
+    assert not out.exists() and not run_dir.exists()
+    start_over(out, run_dir)
