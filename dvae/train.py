@@ -32,6 +32,7 @@ from tessera.training.run import TrainerConfig, run_training
 
 _MEASURED_IMAGES = 1000
 _VALIDATION_BATCHES = 4
+_HELD_IN_MEMORY_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +72,21 @@ class ImageBatches:
         flip: mirror half of the draws left to right.
         crop: side in pixels of the square crops, at most H and W; None for whole images.
         crop_candidates: crops drawn per image.
+        crop_step: crops begin at multiples of so many pixels; with the downsampling factor, a crop is cut into the same
+            patches as the whole image.
     """
 
     def __init__(
-        self, images: NDArray[np.uint8], *, flip: bool = False, crop: int | None = None, crop_candidates: int = 3
+        self,
+        images: NDArray[np.uint8],
+        *,
+        flip: bool = False,
+        crop: int | None = None,
+        crop_candidates: int = 3,
+        crop_step: int = 1,
     ) -> None:
-        self.images, self.flip, self.crop, self.crop_candidates = images, flip, crop, crop_candidates
+        self.images, self.flip = images, flip
+        self.crop, self.crop_candidates, self.crop_step = crop, crop_candidates, crop_step
 
     def __len__(self) -> int:
         return len(self.images)
@@ -93,12 +103,13 @@ class ImageBatches:
     def _crops(self, rows: list[int], seeds: NDArray[np.int64], side: int) -> NDArray[np.uint8]:
         height, width = self.images.shape[1:3]
         candidate = np.arange(self.crop_candidates)
-        top = mix(seeds[:, None], 2 * candidate) % np.uint64(height - side + 1)  # [B, candidates]
-        left = mix(seeds[:, None], 2 * candidate + 1) % np.uint64(width - side + 1)
-        # every second pixel of all candidates at once: enough to compare them
-        steps = np.arange(0, side, 2)
+        top = mix(seeds[:, None], 2 * candidate) % np.uint64((height - side) // self.crop_step + 1)  # [B, candidates]
+        left = mix(seeds[:, None], 2 * candidate + 1) % np.uint64((width - side) // self.crop_step + 1)
+        top, left = top * np.uint64(self.crop_step), left * np.uint64(self.crop_step)
+        # a few pixels of all candidates at once: enough to compare them
+        steps = np.arange(0, side, 4)
         rows_array = np.array(rows)
-        ys = (top[..., None].astype(np.int64) + steps)[..., :, None]  # [B, candidates, side / 2, 1]
+        ys = (top[..., None].astype(np.int64) + steps)[..., :, None]  # [B, candidates, side / 4, 1]
         xs = (left[..., None].astype(np.int64) + steps)[..., None, :]
         thinned = self.images[rows_array[:, None, None, None], ys, xs].astype(np.float32)
         best = thinned.var(axis=(2, 3)).sum(axis=-1).argmax(axis=1)  # [B]
@@ -154,6 +165,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if finished is not None and _is_exported(folder, finished["sha256"]):
         return finished
     images = load_images(train_corpus, directory=config.data.cache_path)
+    if images.nbytes <= _HELD_IN_MEMORY_BYTES:
+        images = np.array(images)  # pages of a mapped file may be dropped and read again at every epoch
     try:
         held_out = config.data.open("validation")
         validation_images = load_images(held_out, directory=config.data.cache_path)[:_MEASURED_IMAGES]
@@ -168,7 +181,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
     ]
     result = run_training(
         DiscreteVAELit(model, optim=config.optim, schedule=config.schedule),
-        ImageBatches(images, flip=config.flip, crop=config.crop, crop_candidates=config.crop_candidates),
+        ImageBatches(
+            images,
+            flip=config.flip,
+            crop=config.crop,
+            crop_candidates=config.crop_candidates,
+            crop_step=config.model.downsampling,
+        ),
         name="dvae",
         config=config.trainer,
         optim=config.optim,

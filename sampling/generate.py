@@ -26,8 +26,9 @@ from sampling.arguments import (
     add_precision_argument,
     add_sampling_arguments,
 )
+from sampling.generated_image import GeneratedImage
 from sampling.pictures import Tile, contact_sheet
-from sampling.pipeline import GeneratedImage, Pipeline
+from sampling.pipeline import Pipeline
 from tessera.data.images import ImageError, read_png_text, save_png
 from tessera.errors import UserError, run_command
 from tessera.model_folder import short_sha256

@@ -7,14 +7,12 @@ Legend: B images, I image tokens, h w code grid, H W image.
 """
 
 import dataclasses
-import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +20,7 @@ from dvae.model import DiscreteVAE
 from dvae.model import load as load_vae
 from sampling.bf16_weights import use_bf16_weights
 from sampling.decode import Sampled, SamplingSettings, Step, rows_that_fit, sample_codes
+from sampling.generated_image import GeneratedImage, ScorerName
 from sampling.likelihood import likelihood_ratio
 from sampling.random_stream import check_seed
 from scorer.api import Scorer, combine_ranks, rank
@@ -35,58 +34,9 @@ from tessera.text_tokenizer import TextTokenizer
 from transformer.model import Prior
 from transformer.model import load as load_prior
 
-ScorerName = Literal["clip", "likelihood", "combined"]
 ScorerChoice = Literal["auto", "clip", "likelihood", "combined"] | None
 
 _AT_ONCE = 64  # images per dVAE and scorer forward
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GeneratedImage:
-    """One image, and all that is needed to make it again."""
-
-    image: np.ndarray = dataclasses.field(repr=False)
-    """uint8 [H, W, 3]."""
-    codes: np.ndarray = dataclasses.field(repr=False)
-    """int64 [h, w], what the prior drew."""
-    prompt: str
-    """As cleaned; empty means unconditional."""
-    seed: int
-    image_index: int
-    """Which candidate of its prompt and seed it is, from 0."""
-    rank: int
-    """Place among the candidates of its prompt, 0 is the best; the image index if nothing ranked them."""
-    candidates: int
-    """How many were ranked."""
-    scorer: ScorerName | None
-    """What ranked them."""
-    scores: Mapping[str, float]
-    """Every score that was computed, higher is better: clip, likelihood (nats), combined."""
-    settings: SamplingSettings
-    model_sha256: str
-    precision: str
-    """bf16 or fp32: the same seed gives the same pixels on the same machine in the same precision."""
-
-    def recipe(self) -> dict[str, Any]:
-        """What determines the pixels, as plain values."""
-        return {
-            "prompt": self.prompt,
-            "seed": self.seed,
-            "image_index": self.image_index,
-            "settings": dataclasses.asdict(self.settings),
-            "model_sha256": self.model_sha256,
-            "precision": self.precision,
-        }
-
-    def description(self) -> dict[str, Any]:
-        """The recipe and how the image fared, as plain values; a score that is not a number is None."""
-        return {
-            **self.recipe(),
-            "rank": self.rank,
-            "candidates": self.candidates,
-            "scorer": self.scorer,
-            "scores": {name: score if math.isfinite(score) else None for name, score in self.scores.items()},
-        }
 
 
 class _Job(NamedTuple):

@@ -22,6 +22,11 @@ from transformer.masks import AttentionMask, MaskKind, layer_kinds
 # B batch, T text positions, I image positions, N = T + I, C width, H heads, D head width, V text ids, K codebook size.
 
 
+# Normalized queries and keys of D channels have scores of at most sqrt(D) before their gains. In small heads that is too
+# little to single out one of a hundred positions: a prior with heads of 32 hardly learned to look words up.
+MAX_SCORE = 16.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class SequenceLayout:
     """What stands where in the prior's sequence: T text positions, then the code grid in raster order."""
@@ -70,7 +75,7 @@ class PriorConfig:
     """number of layers"""
     heads: int = 4
     """attention heads; dim / heads channels each, a multiple of 8"""
-    attention: tuple[MaskKind, ...] = ("row", "column", "row", "full")
+    attention: tuple[MaskKind, ...] = ("full",)
     """mask kinds, repeated over the layers; a "conv" entry is kept for the last layer"""
     kernel_size: int = 11
     """side of the conv mask's window, odd"""
@@ -134,8 +139,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.query_key_value = nn.Linear(dim, 3 * dim, bias=False)
-        self.query_gain = nn.Parameter(torch.ones(dim // heads))
-        self.key_gain = nn.Parameter(torch.ones(dim // heads))
+        self.query_gain = nn.Parameter(torch.empty(dim // heads))
+        self.key_gain = nn.Parameter(torch.empty(dim // heads))
         self.project = nn.Linear(dim, dim, bias=False)
 
     def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,6 +267,7 @@ class Prior(nn.Module):
         token embeddings                            N(0, 1)
         row and column embeddings                   zero
         norm gains                                  one
+        query and key gains                         such that scores lie within +-MAX_SCORE
         ==========================================  =======================================
         """
         nn.init.normal_(self.text_embedding.weight)
@@ -272,6 +278,8 @@ class Prior(nn.Module):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
             for linear in (block.attention.project, block.mlp.down):
                 nn.init.zeros_(linear.weight)
+            for gain in (block.attention.query_gain, block.attention.key_gain):
+                nn.init.constant_(gain, (MAX_SCORE / len(gain) ** 0.5) ** 0.5)
         nn.init.zeros_(self.text_head.weight)
         nn.init.zeros_(self.image_head.weight)
 

@@ -174,7 +174,8 @@ def _averaging(optim: OptimizerConfig, max_steps: int) -> list[Callback]:
     if optim.ema_horizon == 0:
         return []
     decay = 1 - 1 / max(2.0, optim.ema_horizon * max_steps)
-    return [EMAWeightAveraging(decay=decay)]
+    # Averaging integer buffers truncates them: a radix of 200 becomes 199 and every code a wrong one.
+    return [EMAWeightAveraging(decay=decay, use_buffers=False)]
 
 
 def _silence_lightning() -> None:

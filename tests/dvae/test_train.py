@@ -36,7 +36,7 @@ def tiny(tmp_path: Path, **changes: object) -> TrainConfig:
 def test_crops_prefer_the_eventful_part_of_a_picture() -> None:
     images = np.zeros((1, 32, 32, 3), np.uint8)
     images[0, 20:28, 20:28] = 255
-    source = ImageBatches(images, crop=16, crop_candidates=8)
+    source = ImageBatches(images, crop=16, crop_candidates=40)
     batch = source.batch(sample_keys(0, 16, size=1, seed=0))["images"]
     assert batch.shape == (16, 16, 16, 3)
     assert (batch.float().amax(dim=(1, 2, 3)) == 255).all()

@@ -12,7 +12,8 @@ from PIL import Image
 
 import sampling.generate
 from sampling.generate import free_path, main, read_metadata, save_image, slug
-from sampling.pipeline import GeneratedImage, Pipeline
+from sampling.generated_image import GeneratedImage
+from sampling.pipeline import Pipeline
 from tessera.data.images import read_png_text, save_png
 from tessera.errors import run_command
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sampling.decode import SamplingSettings
-from sampling.pipeline import GeneratedImage, Pipeline
+from sampling.generated_image import GeneratedImage
+from sampling.pipeline import Pipeline
 from tessera.errors import UserError
 from tessera.model_folder import ModelFolder, write_sampling_defaults
 

@@ -136,6 +136,37 @@ run(Path({str(tmp_path / "killed")!r}), Kill(7))
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
+def test_averaging_leaves_integer_buffers_alone(tmp_path: Path) -> None:
+    """In floating point, an average of equal integers can come out just below them."""
+    lit = Counter()
+    run_training(
+        lit,
+        ImageBatches(load_images(ScenesCorpus(4, image_size=(16, 16)))),
+        name="test",
+        config=TrainerConfig(max_steps=40, batch_size=2, precision="fp32", device="cpu"),
+        optim=OptimizerConfig(ema_horizon=0.7),
+        run_dir=tmp_path,
+    )
+    assert lit.model.get_buffer("radix").tolist() == list(range(1, 400))
+
+
+class Counter(pl.LightningModule):
+    """A model that does nothing but hold integers."""
+
+    progress = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = torch.nn.Linear(1, 1)
+        self.model.register_buffer("radix", torch.arange(1, 400))
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.model(torch.ones(1, 1)).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
 def test_checkpoints_load_without_unpickling_code(tmp_path: Path) -> None:
     run(tmp_path)
     for path in checkpoints(tmp_path / "checkpoints"):
