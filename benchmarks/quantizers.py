@@ -1,6 +1,6 @@
 """Which quantizer is the default: fsq against gumbel on the same network, data, steps and seed.
 
-    python -m benchmarks.quantizers [--quick] [--out benchmarks/results/quantizers.json]
+python -m benchmarks.quantizers [--quick] [--out benchmarks/results/quantizers.json]
 """
 
 import argparse
@@ -42,7 +42,12 @@ def main() -> None:
                     )
                 )
                 measured[name] = {**result["metrics"], "seconds": result["seconds"]}
-            for metric, unit in (("psnr", "dB"), ("ssim", ""), ("codebook_usage", "share of K"), ("perplexity", "codes")):
+            for metric, unit in (
+                ("psnr", "dB"),
+                ("ssim", ""),
+                ("codebook_usage", "share of K"),
+                ("perplexity", "codes"),
+            ):
                 ours, other = measured["fsq"][metric], measured["gumbel"][metric]
                 rows.append(Row(f"{corpus} {metric}", ours, unit, f"gumbel: {other:.4g}", ours / other, 1.0))
             ours, other = measured["fsq"]["seconds"], measured["gumbel"]["seconds"]

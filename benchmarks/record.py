@@ -48,5 +48,7 @@ def write_results(path: Path, *, claim: str, rows: Sequence[Row]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
     for row in rows:
         compared = f"  against {row.against}, ratio {row.ratio:.2f}" if row.ratio is not None else ""
-        print(f"{row.name}: {row.value:.4g} {row.unit}{compared}  goal {row.goal:g}: {'holds' if row.holds else 'fails'}")
+        print(
+            f"{row.name}: {row.value:.4g} {row.unit}{compared}  goal {row.goal:g}: {'holds' if row.holds else 'fails'}"
+        )
     print(f"written to {path}")

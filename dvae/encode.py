@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from dvae.pixels import to_float
 from dvae.model import DiscreteVAE
 from dvae.model import load as load_vae
+from dvae.pixels import to_float
 from tessera.config import load
 from tessera.data.config import DataConfig
 from tessera.data.corpus import Corpus, load_images
@@ -83,7 +83,9 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
     }
 
 
-def caption_lengths(captions: Sequence[tuple[str, ...]], tokenizer: TextTokenizer, *, most: int = 50_000) -> NDArray[np.int64]:
+def caption_lengths(
+    captions: Sequence[tuple[str, ...]], tokenizer: TextTokenizer, *, most: int = 50_000
+) -> NDArray[np.int64]:
     """Tokens of up to `most` distinct captions, int64."""
     distinct = list(dict.fromkeys(text for texts in captions for text in texts))
     step = max(1, len(distinct) // most)
@@ -91,7 +93,7 @@ def caption_lengths(captions: Sequence[tuple[str, ...]], tokenizer: TextTokenize
 
 
 def fitting_text_len(lengths: NDArray[np.int64]) -> int:
-    """T for captions of these lengths: room for 999 in 1,000 of them under BPE dropout, a multiple of 8, at most 256."""
+    """T for captions of these lengths: room for 999 in 1,000 under BPE dropout, a multiple of 8, at most 256."""
     longest = float(np.quantile(lengths, 0.999)) if len(lengths) else 0.0
     return int(min(MAX_TEXT_LEN, max(8, 8 * np.ceil(longest * _DROPOUT_ROOM / 8))))
 

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from dvae.losses import elbo_scale, kl_weight, pixel_loss, psnr, relaxation_temperature, ssim, to_pixels
+from dvae.losses import elbo_scale, kl_weight, pixel_loss, psnr, relaxation_temperature, to_pixels
 from dvae.model import DiscreteVAE
 from dvae.pixels import to_float
 from dvae.schedule import ScheduleConfig
@@ -17,6 +17,7 @@ from tessera.training.optim import OptimizerConfig, build_optimizer
 
 # Batches over which codebook usage is counted.
 _USAGE_WINDOW = 50
+_USAGE_EVERY_STEPS = 10
 
 
 class DiscreteVAELit(pl.LightningModule):
@@ -51,7 +52,7 @@ class DiscreteVAELit(pl.LightningModule):
         self.log_dict({"loss": loss, "pixel_loss": reconstruction_loss})
         if self.model.config.quantizer == "gumbel":
             self.log_dict({"kl": regularizer, "kl_weight": beta, "temperature": temperature})
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        if self.trainer.global_step % _USAGE_EVERY_STEPS == 0:
             usage = code_usage(torch.cat([codes.flatten() for codes in self._recent]), self.model.codebook_size)
             self.log_dict({"usage": usage.share, "perplexity": usage.perplexity, "dead_codes": float(usage.dead)})
             pixels = to_pixels(result.output.detach(), self.model.config.pixel_loss)
@@ -62,7 +63,6 @@ class DiscreteVAELit(pl.LightningModule):
         images = to_float(batch["images"])
         reconstruction = self.model.decode(self.model.encode(images))
         self.log("val_psnr", psnr(reconstruction, images).mean(), batch_size=len(images))
-        self.log("val_ssim", ssim(reconstruction, images).mean(), batch_size=len(images))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self.model, self.optim)

@@ -1,4 +1,4 @@
-"""Pixel losses of the dVAE: L1, L2, their mixture, and the logit-Laplace likelihood (Ramesh et al. 2021, appendix A.3)."""
+"""Pixel losses of the dVAE: L1, L2, a mixture, and the logit-Laplace likelihood (Ramesh et al. 2021, appendix A.3)."""
 
 import math
 from typing import Literal
@@ -94,7 +94,7 @@ def relaxation_temperature(progress: float, *, final: float = 1 / 16, share: flo
 
 
 def kl_weight(progress: float, *, final: float = 6.6, share: float = 1 / 600) -> float:
-    """The weight beta of the KL term at `progress`: a cosine from 0 to `final` over the first `share`, then constant."""
+    """The weight beta of the KL term at `progress`: a cosine from 0 to `final` over the first `share`, then flat."""
     done = min(1.0, progress / share) if share > 0 else 1.0
     return final * (1 - math.cos(math.pi * done)) / 2
 
@@ -110,20 +110,20 @@ def ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
     channels, reach = images.shape[1], 5
     offsets = torch.arange(-reach, reach + 1, device=images.device, dtype=torch.float32)
     window = torch.exp(-offsets.square() / (2 * 1.5**2))
-    window = window / window.sum()
-    kernel = torch.outer(window, window).expand(channels, 1, -1, -1)
+    window = (window / window.sum()).expand(channels, 1, 1, -1)
 
     def blurred(x: Tensor) -> Tensor:
-        return F.conv2d(x, kernel, groups=channels)
+        return F.conv2d(F.conv2d(x, window, groups=channels), window.mT, groups=channels)
 
-    # fp64: a variance is a small difference of large numbers, and autocast would make it one of bf16 numbers
-    x, y, kernel = reconstruction.double().clamp(0, 1), images.double(), kernel.double()
-    mean_x, mean_y = blurred(x), blurred(y)
-    variance_x = blurred(x * x) - mean_x.square()
-    variance_y = blurred(y * y) - mean_y.square()
-    covariance = blurred(x * y) - mean_x * mean_y
+    # a variance is a small difference of large numbers: autocast would make it one of bf16 numbers
+    with torch.autocast(images.device.type, enabled=False):
+        x, y = reconstruction.float().clamp(0, 1), images.float()
+        mean_x, mean_y = blurred(x), blurred(y)
+        variance_x = blurred(x * x) - mean_x.square()
+        variance_y = blurred(y * y) - mean_y.square()
+        covariance = blurred(x * y) - mean_x * mean_y
     c1, c2 = 0.01**2, 0.03**2
     similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
         (mean_x.square() + mean_y.square() + c1) * (variance_x + variance_y + c2)
     )
-    return similarity.mean(dim=(1, 2, 3)).float()
+    return similarity.mean(dim=(1, 2, 3))

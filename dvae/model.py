@@ -46,11 +46,13 @@ class DiscreteVAEConfig:
     def __post_init__(self) -> None:
         if len(self.widths) != len(self.blocks) or not self.widths:
             raise UserError(
-                f"dvae widths and blocks need one entry per resolution each; got widths={self.widths}, blocks={self.blocks}"
+                f"dvae widths and blocks need one entry per resolution each; "
+                f"got widths={self.widths}, blocks={self.blocks}"
             )
         if min(self.widths) < 1 or min(self.blocks) < 0 or self.patch_size < 1:
             raise UserError(
-                f"dvae sizes must be positive; got patch_size={self.patch_size}, widths={self.widths}, blocks={self.blocks}"
+                f"dvae sizes must be positive; "
+                f"got patch_size={self.patch_size}, widths={self.widths}, blocks={self.blocks}"
             )
 
     @property
@@ -101,16 +103,14 @@ class Encoder(nn.Module):
     """Images [B, 3, H, W] to latents [B, D, H/f, W/f].
 
     At the coarsest resolution it mixes channels only, and borders are replicated: a code depends on what is near it and
-    on nothing else. With 3x3 convolutions there, the codes of a flat background changed with every object in the picture
-    and every border, and the prior spent most of its capacity on predicting that.
+    on nothing else. With 3x3 convolutions there, the codes of a flat background changed with every object in the
+    picture and every border, and the prior spent most of its capacity on predicting that.
     """
 
     def __init__(self, config: DiscreteVAEConfig, latent_dim: int) -> None:
         super().__init__()
         patch, widths = config.patch_size, config.widths
-        self.stem = nn.Conv2d(
-            3, widths[0], 2 * patch, stride=patch, padding=patch // 2, padding_mode="replicate"
-        )
+        self.stem = nn.Conv2d(3, widths[0], 2 * patch, stride=patch, padding=patch // 2, padding_mode="replicate")
         layers: list[nn.Module] = []
         for level, (width, count) in enumerate(zip(widths, config.blocks, strict=True)):
             if level > 0:

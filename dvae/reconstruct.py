@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dvae.pixels import to_float, to_uint8
 from dvae.losses import psnr, ssim
 from dvae.model import DiscreteVAE, load
+from dvae.pixels import to_float, to_uint8
 from tessera.data.images import ImageError, fit_to, open_image, save_png
 from tessera.data.order import mix
 from tessera.errors import UserError
@@ -31,7 +31,9 @@ _GAP = 4  # pixels between the panels
 def code_map(codes: NDArray[np.int64], height: int, width: int) -> NDArray[np.uint8]:
     """Codes int64 [h, w] as a picture uint8 [H, W, 3]: every code a color of its own, equal codes equal colors."""
     hashed = mix(codes, 0)
-    colors = np.stack([(hashed >> np.uint64(shift)) & np.uint64(0xFF) for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
+    colors = np.stack([(hashed >> np.uint64(shift)) & np.uint64(0xFF) for shift in (0, 8, 16)], axis=-1).astype(
+        np.uint8
+    )
     return np.asarray(Image.fromarray(colors).resize((width, height), Image.Resampling.NEAREST))
 
 
@@ -77,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--longest",
         type=int,
-        help="shrink images to at most this many pixels on the longer side (default: the size the model was trained at)",
+        help="shrink images to at most this many pixels on the longer side (default: as the model was trained)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--json", action="store_true", help="one line of JSON per image on stdout")
@@ -107,12 +109,19 @@ def main(argv: Sequence[str]) -> int:
             figures["ssim"] = round(float(ssim(second, first)), 4)
         path = arguments.out / f"{Path(name).stem}-reconstruction.png"
         made_with = {"model": short_sha256(folder.part_sha256("dvae")), "image": Path(name).name, **figures}
-        save_png(path, sheet(original, reconstruction, codes, scale=max(1, 256 // max(size))), {"tessera": json.dumps(made_with)})
+        save_png(
+            path,
+            sheet(original, reconstruction, codes, scale=max(1, 256 // max(size))),
+            {"tessera": json.dumps(made_with)},
+        )
         written += 1
         if arguments.json:
             print(json.dumps({"path": str(path), **made_with}))
         else:
-            print(f"{path}: {size[0]}x{size[1]} px, {codes.size} codes ({figures['distinct_codes']} distinct), {figures['psnr']} dB")
+            print(
+                f"{path}: {size[0]}x{size[1]} px, {codes.size} codes "
+                f"({figures['distinct_codes']} distinct), {figures['psnr']} dB"
+            )
     if written == 0:
         raise UserError("none of the images could be read: expected PNG, JPEG, WebP, BMP, GIF or TIFF files")
     return 0

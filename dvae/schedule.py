@@ -21,5 +21,6 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if self.final_temperature <= 0 or self.kl_weight < 0:
             raise UserError(
-                f"schedule needs final_temperature > 0 and kl_weight >= 0; got {self.final_temperature}, {self.kl_weight}"
+                f"schedule needs final_temperature > 0 and kl_weight >= 0; "
+                f"got {self.final_temperature} and {self.kl_weight}"
             )

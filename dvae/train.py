@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from dvae.lit import DiscreteVAELit
-from dvae.pixels import to_float
 from dvae.losses import psnr, ssim
 from dvae.model import DiscreteVAE, DiscreteVAEConfig
+from dvae.pixels import to_float
 from dvae.schedule import ScheduleConfig
 from dvae.usage import code_usage
 from tessera.config import load, to_plain
@@ -30,7 +30,7 @@ from tessera.training.run import TrainerConfig, run_training
 
 # N images, H W pixels.
 
-_MEASURED_IMAGES = 1000
+_MEASURED_IMAGES = 500
 _VALIDATION_BATCHES = 4
 _HELD_IN_MEMORY_BYTES = 2 * 2**30
 

@@ -188,7 +188,7 @@ def main(argv: Sequence[str]) -> int:
         for name in ("report.html", "report.json"):
             (out / name).unlink(missing_ok=True)
     known = run.read_plan().request if run.is_planned else Request(path="scenes", minutes=DEFAULT_MINUTES)
-    given = {
+    given: dict[str, Any] = {
         "minutes": arguments.minutes,
         "device": arguments.device,
         "seed": arguments.seed,

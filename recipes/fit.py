@@ -237,7 +237,12 @@ def request_of(arguments: argparse.Namespace, run: RunFolder) -> Request:
         raise UserError(f"--minutes must be positive, got {arguments.minutes:g}")
     goes_on = run.is_planned and not arguments.fresh and not arguments.dry_run
     known = asdict(run.read_plan().request) if goes_on else {}
-    return Request(**{**known, "path": path, **{name: value for name, value in given.items() if value is not None}})
+    settings: dict[str, Any] = {
+        **known,
+        "path": path,
+        **{name: value for name, value in given.items() if value is not None},
+    }
+    return Request(**settings)
 
 
 def main(argv: Sequence[str]) -> int:

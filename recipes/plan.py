@@ -209,7 +209,10 @@ def draft(data: DataConfig, facts: DataFacts, machine: Machine, *, minutes: floa
     flops = machine.flops * _UTILIZATION.get(machine.kind, 1.0)
     vae_row = DVAE_ROWS[0]
     for row in DVAE_ROWS:
-        needed = row.least_steps * dvae_step_flops(_vae_config(row, facts, machine), facts.image_size, row.batch_size)
+        candidate_vae = _vae_config(row, facts, machine)
+        crop = crop_for(facts.image_size, candidate_vae)
+        trained_size = (crop, crop) if crop else facts.image_size
+        needed = row.least_steps * dvae_step_flops(candidate_vae, trained_size, row.batch_size)
         if needed <= flops * budget["dvae"] and facts.num_images >= row.least_images:
             vae_row = row
     vae = _vae_config(vae_row, facts, machine)

@@ -71,7 +71,9 @@ def combine_ranks(scores: Sequence[Tensor | Sequence[float]], *, weights: Sequen
     for values, share in zip(all_values, shares, strict=True):
         ascending = values.sort().values
         below = torch.searchsorted(ascending, values)  # [N] how many are worse
-        not_above = torch.searchsorted(ascending, values, right=True)  # [N] how many are worse or equal, itself included
+        not_above = torch.searchsorted(
+            ascending, values, right=True
+        )  # [N] how many are worse or equal, itself included
         better_than = (below + not_above - 1) / 2
         combined += share / sum(shares) * better_than / max(1, len(values) - 1)
     return combined.float()

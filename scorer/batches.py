@@ -80,7 +80,7 @@ class CaptionedBatches:
     def _choose(self, row: int, seed: np.uint64) -> list[int]:
         """G captions of an image, all different as long as there are enough."""
         count = len(self.captions[row])
-        shuffled = np.argsort(mix(seed, np.arange(count)))
+        shuffled = np.argsort(mix(int(seed), np.arange(count)))
         return [int(shuffled[place % count]) for place in range(self.num_captions)]
 
 

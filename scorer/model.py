@@ -184,7 +184,7 @@ class ImageStem(nn.Module):
         super().__init__()
         width, side = config.stem_width, config.patch_size // _STEM_STRIDE
         self.patch_size = config.patch_size
-        self.pixel_stem = nn.Conv2d(3, width, _STEM_STRIDE + 2, stride=_STEM_STRIDE, padding=1)
+        self.from_pixels = nn.Conv2d(3, width, _STEM_STRIDE + 2, stride=_STEM_STRIDE, padding=1)
         self.fine = ConvBlock(width)
         self.to_patches = nn.Conv2d(width, config.dim, side, stride=side)
         self.coarse = ConvBlock(config.dim)
@@ -193,7 +193,7 @@ class ImageStem(nn.Module):
         height, width = images.shape[2:]
         missing = (0, -width % self.patch_size, 0, -height % self.patch_size)
         images = F.pad(4 * images - 2, missing).contiguous(memory_format=torch.channels_last)
-        x = self.to_patches(F.gelu(self.fine(self.pixel_stem(images))))
+        x = self.to_patches(F.gelu(self.fine(self.from_pixels(images))))
         return self.coarse(x).flatten(2).transpose(1, 2)
 
 
@@ -361,7 +361,9 @@ class ClipScorer(nn.Module):
         """The ranking score of N pairs: images float [N, 3, H, W] in [0, 1], text ids int64 [N, T] to float32 [N]."""
         patches, (states, targets) = self.encode_images(images), self.encode_texts(text_ids)
         if not self.config.matcher_layers:
-            return self.scale * (self.project_images(patches) * self.project_texts(TextStates(states, targets))).sum(dim=1)
+            return self.scale * (self.project_images(patches) * self.project_texts(TextStates(states, targets))).sum(
+                dim=1
+            )
         texts = TextStates(states[:, None], targets[:, None])
         seen = self.word_losses(patches, texts).sum(dim=(1, 2))
         unseen = self.word_losses(self.no_image.expand(len(images), 1, -1), texts).sum(dim=(1, 2))
@@ -386,7 +388,9 @@ class TrainedScorer:
 
     def __init__(self, model: ClipScorer, tokenizer: TextTokenizer) -> None:
         if tokenizer.vocab_size != model.config.text_vocab_size:
-            raise ValueError(f"the scorer knows {model.config.text_vocab_size} pieces, the tokenizer {tokenizer.vocab_size}")
+            raise ValueError(
+                f"the scorer knows {model.config.text_vocab_size} pieces, the tokenizer {tokenizer.vocab_size}"
+            )
         self.model = model.eval()
         self.tokenizer = tokenizer
 

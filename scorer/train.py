@@ -41,11 +41,11 @@ class TrainConfig:
     """what to train on"""
     model: ClipScorerConfig = ClipScorerConfig()
     """sizes; image_size, text_len and text_vocab_size are taken from the data, and patches grow with large images"""
-    optim: OptimizerConfig = OptimizerConfig()
+    optim: OptimizerConfig = OptimizerConfig(learning_rate=1e-2)
     """rates"""
-    trainer: TrainerConfig = TrainerConfig(batch_size=64)
+    trainer: TrainerConfig = TrainerConfig(batch_size=32)
     """how long and on what"""
-    num_captions: int = 4
+    num_captions: int = 2
     """captions of an image that the matching head learns from at a time"""
     contrastive_weight: float = 0.2
     """weight of the embeddings' loss beside the matching head's"""
@@ -172,9 +172,7 @@ def _validation(
     return [source.batch(keys[start : start + batch_size]) for start in range(0, len(keys), batch_size)]
 
 
-def measure(
-    scorer: TrainedScorer, images: NDArray[np.uint8], captions: Sequence[tuple[str, ...]]
-) -> dict[str, float]:
+def measure(scorer: TrainedScorer, images: NDArray[np.uint8], captions: Sequence[tuple[str, ...]]) -> dict[str, float]:
     """Retrieval by the embeddings, and choices by the ranking score, on pairs that were best not trained on.
 
     Args:
@@ -185,7 +183,7 @@ def measure(
     Returns:
         image_to_text and text_to_image: share of images (captions), 0 to 1, whose own caption (image) is nearest among
         all M by the embeddings; best_of_16: share of 64 captions for which the ranking score prefers their own image
-        to those of the 15 captions that are nearest by the embeddings. An image with the same caption counts as their own.
+        to those of the 15 captions nearest by the embeddings. An image with the same caption counts as their own.
     """
     texts = [one[0] for one in captions]
     pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
@@ -211,7 +209,7 @@ def train(config: TrainConfig, *, reconstructions: NDArray[np.uint8] | None = No
 
     Args:
         config: the run.
-        reconstructions: uint8 [N, H, W, 3], the training split as the model's dVAE gives it back, in the corpus's order.
+        reconstructions: uint8 [N, H, W, 3], the training split as the model's dVAE gives it back, in its order.
 
     Returns:
         steps, seconds, metrics (see `measure`) and sha256 of the exported part.

@@ -57,20 +57,22 @@ class PriorLit(pl.LightningModule):
         self.model = model
         self.optim = optim
 
-    def _loss(self, text_ids: Tensor, codes: Tensor) -> PriorLoss:
-        output = self.model(text_ids, codes)
+    def _loss(self, output: PriorOutput, text_ids: Tensor, codes: Tensor) -> PriorLoss:
         return prior_loss(output, text_ids, codes, text_vocab_size=self.model.layout.text_vocab_size)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self._loss(batch["text_ids"], batch["codes"])
+        text_ids, codes = batch["text_ids"], batch["codes"]
+        loss = self._loss(self.model(text_ids, codes), text_ids, codes)
         self.log_dict({"loss": loss.total, "text_loss": loss.text, "image_loss": loss.image})
         return loss.total
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         text_ids, codes = batch["text_ids"], batch["codes"]
-        loss = self._loss(text_ids, codes)
+        # `forward` and not the call: a compiled model would be compiled once more, for passes without gradients
+        loss = self._loss(self.model.forward(text_ids, codes), text_ids, codes)
         # What the captions are worth: the image loss under a neighbor's caption minus that under one's own.
-        shuffled = self._loss(text_ids.roll(1, dims=0), codes)
+        shuffled_ids = text_ids.roll(1, dims=0)
+        shuffled = self._loss(self.model.forward(shuffled_ids, codes), shuffled_ids, codes)
         self.log_dict(
             {
                 "val_loss": loss.total,

@@ -22,8 +22,8 @@ from transformer.masks import AttentionMask, MaskKind, layer_kinds
 # B batch, T text positions, I image positions, N = T + I, C width, H heads, D head width, V text ids, K codebook size.
 
 
-# Normalized queries and keys of D channels have scores of at most sqrt(D) before their gains. In small heads that is too
-# little to single out one of a hundred positions: a prior with heads of 32 hardly learned to look words up.
+# Scores of normalized queries and keys of D channels reach sqrt(D) before their gains: 5.7 in a head of 32, too little
+# to single out one of a hundred positions. The gains start where scores can reach this much.
 MAX_SCORE = 16.0
 
 
@@ -112,9 +112,10 @@ def rotary_angles(layout: SequenceLayout, head_dim: int, theta: float) -> Tensor
     """The rotation angle of every position and channel pair that turns, float32 [N, head_dim / 4].
 
     Half of the channels of a head turn, so that the others can match content at any distance: an image position has to
-    find its word wherever in the caption it stands. One half of the pairs turns with the row, the other with the column. Text position p counts as row and column
-    p - T, that is, on the diagonal up and left of the image: between text positions the angles are one-dimensional,
-    between image positions two-dimensional, and the two meet without a special case.
+    find its word wherever in the caption it stands. One half of the turning pairs goes with the row, the other with the
+    column. Text position p counts as row and column p - T, that is, on the diagonal up and left of the image: between
+    text positions the angles are one-dimensional, between image positions two-dimensional, and the two meet without a
+    special case.
     """
     text = torch.arange(-layout.text_len, 0)
     rows = torch.arange(layout.grid_height).repeat_interleave(layout.grid_width)
@@ -126,7 +127,7 @@ def rotary_angles(layout: SequenceLayout, head_dim: int, theta: float) -> Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the first half of the channels of x [..., D], in pairs (d, d + D/4), by angles that broadcast to [..., D/4]."""
+    """Turns the first half of the channels of x [..., D], in pairs (d, d + D/4); the angles are [..., D/4]."""
     quarter = x.shape[-1] // 4
     first, second, still = x.split([quarter, quarter, 2 * quarter], dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos, still], dim=-1)
@@ -149,7 +150,9 @@ class Attention(nn.Module):
         head_dim = dim // self.heads
         heads = self.query_key_value(x).view(batch, length, 3, self.heads, head_dim)
         # queries and keys are normalized and turned together: half as many passes over memory
-        both = F.layer_norm(heads[:, :, :2], (head_dim,)) * torch.stack([self.query_gain, self.key_gain])[:, None].to(x.dtype)
+        both = F.layer_norm(heads[:, :, :2], (head_dim,)) * torch.stack([self.query_gain, self.key_gain])[:, None].to(
+            x.dtype
+        )
         both = rotate(both, cos.to(both.dtype)[:, None, None], sin.to(both.dtype)[:, None, None])  # [B, n, 2, H, D]
         query, key = both.permute(2, 0, 3, 1, 4).unbind(0)
         return query, key, heads[:, :, 2].transpose(1, 2)

@@ -1,1 +1,1 @@
-"""Quantizers: one file each, all returning `Quantized`, all with `forward(latents)`, `lookup(codes)` and `embedding_dim`."""
+"""Quantizers: one file each; all have `forward(latents) -> Quantized`, `lookup(codes)` and `embedding_dim`."""

@@ -19,7 +19,7 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
     """KL(q || uniform) in nats for logits [B, K, h, w]: summed over the grid, averaged over the batch.
 
     The divergence is that of the categorical itself, not of its relaxation, which is how the paper's authors computed
-    it. Dividing by the number of pixel values puts it on the scale of a per-value likelihood (`dvae.losses.elbo_scale`).
+    it. Divided by the number of pixel values it is on the scale of a likelihood per value (`dvae.losses.elbo_scale`).
     """
     log_q = F.log_softmax(logits.float(), dim=1)
     per_position = (log_q.exp() * log_q).sum(dim=1) + math.log(logits.shape[1])  # [B, h, w]

@@ -27,7 +27,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if min(self.image_size) < 8:
-            raise UserError(f"data.image_size must be at least 8x8 pixels; got {self.image_size[0]}x{self.image_size[1]}")
+            raise UserError(
+                f"data.image_size must be at least 8x8 pixels; got {self.image_size[0]}x{self.image_size[1]}"
+            )
 
     @property
     def cache_path(self) -> Path | None:

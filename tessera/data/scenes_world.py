@@ -60,8 +60,8 @@ RADII = MappingProxyType({"small": 0.133, "large": 0.174})
 """Size -> radius of the circle around an object, in fractions of the shorter side."""
 
 LATTICE = 8
-"""Centers lie on a lattice of so many steps per shorter side, counted from the middle of the picture: places vary, yet a
-discrete tokenizer meets every local pattern often enough to learn it from a few thousand pictures."""
+"""Centers lie on a lattice of so many steps per shorter side, counted from the middle of the picture: places vary, yet
+a discrete tokenizer meets every local pattern often enough to learn it from a few thousand pictures."""
 
 SIZE_THRESHOLD = 0.152
 """A radius below is small, from here on large: the middle between the two radii, as a ratio."""

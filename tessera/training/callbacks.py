@@ -52,7 +52,9 @@ class ProgressClock(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.started = time.monotonic()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         progress = trainer.global_step / self.max_steps
         if self.budget_seconds is not None:
             progress = max(progress, self.seconds / self.budget_seconds)
@@ -184,7 +186,9 @@ class ProgressLine(Callback):
             self._task = self._bar.add_task(self.name, total=1.0)
             self._bar.start()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self.waiting += time.monotonic() - self._batch_ended
 
     def on_train_batch_end(

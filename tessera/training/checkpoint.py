@@ -31,7 +31,9 @@ class AtomicCheckpointIO(CheckpointIO):
         for old in checkpoints(target.parent)[:-KEPT]:
             old.unlink(missing_ok=True)
 
-    def load_checkpoint(self, path: Any, map_location: Any | None = None, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)
 
     def remove_checkpoint(self, path: Any) -> None:

@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,10 +76,10 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> "MuonAdamW":
     hidden: list[nn.Parameter] = []
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and not name.endswith(("head", "stem")):
-            hidden.append(layer.weight)
+            hidden.append(cast(nn.Parameter, layer.weight))
     hidden = [weight for weight in hidden if weight.requires_grad]
     hidden_ids = {id(weight) for weight in hidden}
-    tables = [layer.weight for layer in module.modules() if isinstance(layer, nn.Embedding)]
+    tables = [cast(nn.Parameter, layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)]
     tables = [weight for weight in tables if weight.requires_grad]
     elsewhere = hidden_ids | {id(weight) for weight in tables}
     rest = [weight for weight in module.parameters() if weight.requires_grad and id(weight) not in elsewhere]
@@ -107,7 +107,9 @@ class MuonAdamW(torch.optim.Optimizer):
         common = {"lr": config.learning_rate, "momentum": config.momentum, "betas": config.betas, "eps": 1e-8}
         groups: list[dict[str, Any]] = []
         if hidden:
-            groups.append({**common, "params": hidden, "rule": "muon", "weight_decay": config.weight_decay, "rate": 1.0})
+            groups.append(
+                {**common, "params": hidden, "rule": "muon", "weight_decay": config.weight_decay, "rate": 1.0}
+            )
         if rest:
             groups.append({**common, "params": rest, "rule": "adamw", "rate": 1.0})
         if tables:
@@ -156,7 +158,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 state["mean"] = torch.zeros_like(parameter)
                 state["square"] = torch.zeros_like(parameter)
             state["steps"] += 1
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         means = [self.state[parameter]["mean"] for parameter in parameters]
         squares = [self.state[parameter]["square"] for parameter in parameters]
         torch._foreach_lerp_(means, gradients, 1 - beta1)
@@ -166,7 +168,9 @@ class MuonAdamW(torch.optim.Optimizer):
         steps = [self.state[parameter]["steps"] for parameter in parameters]
         torch._foreach_div_(roots, [math.sqrt(1 - beta2**count) for count in steps])
         torch._foreach_add_(roots, group["eps"])
-        torch._foreach_addcdiv_(parameters, means, roots, [-group["lr"] / (1 - beta1**count) for count in steps])
+        torch._foreach_addcdiv_(
+            cast(list[Tensor], parameters), means, list(roots), [-group["lr"] / (1 - beta1**count) for count in steps]
+        )
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def run_training(
     """Trains `module` in place, resuming from the newest checkpoint in `run_dir`; its weights end as the averaged ones.
 
     Args:
-        module: a LightningModule with the trained network at `.model`; its `progress` attribute is set before each step.
+        module: a LightningModule with the network at `.model`; its `progress` attribute is set before each step.
         source: the training data.
         name: shown in the progress line.
         config: how long and on what.
@@ -140,7 +140,14 @@ def run_training(
                 ),
                 TensorBoardLogger(run_dir, name="", version="tensorboard"),
             ],
-            callbacks=[clock, *averaging, RandomState(), saver, *callbacks, ProgressLine(name, clock, batch_size=config.batch_size)],
+            callbacks=[
+                clock,
+                *averaging,
+                RandomState(),
+                saver,
+                *callbacks,
+                ProgressLine(name, clock, batch_size=config.batch_size),
+            ],
             plugins=[AtomicCheckpointIO()],
             log_every_n_steps=config.log_every_steps,
             val_check_interval=config.validate_every_steps if validation else None,
@@ -170,7 +177,7 @@ def run_training(
 
 
 def _averaging(optim: OptimizerConfig, max_steps: int) -> list[Callback]:
-    """Exponential averaging whose horizon is a share of training, so that short runs are not dominated by their start."""
+    """Exponential averaging whose horizon is a share of training: short runs are not dominated by their start."""
     if optim.ema_horizon == 0:
         return []
     decay = 1 - 1 / max(2.0, optim.ema_horizon * max_steps)
@@ -182,6 +189,8 @@ def _silence_lightning() -> None:
     """Lightning's banners and its hints about choices that are made on purpose here."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # compiling for a CPU warns that there is no CUDA
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
     for message in (
         ".*isinstance\\(treespec, LeafSpec\\).*",

@@ -1,7 +1,9 @@
-"""Training the dVAE as a command: crops, resuming a finished run, errors; encoding and reconstructing with the result."""
+"""Training the dVAE as a command: crops, finished runs, errors; encoding and reconstructing with the result."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,15 +24,15 @@ from tessera.training.run import TrainerConfig
 DATA = DataConfig(path="scenes", image_size=(16, 24), limit=40)
 
 
-def tiny(tmp_path: Path, **changes: object) -> TrainConfig:
-    settings: dict = {
-        "data": DATA,
-        "model": DiscreteVAEConfig(widths=(8, 16), blocks=(0, 1), levels=(4, 4)),
-        "trainer": TrainerConfig(max_steps=6, batch_size=4, device="cpu", precision="fp32", validate_every_steps=3),
-        "out": str(tmp_path / "model"),
-        "run_dir": str(tmp_path / "run"),
-    }
-    return TrainConfig(**(settings | changes))
+def tiny(tmp_path: Path, **changes: Any) -> TrainConfig:
+    config = TrainConfig(
+        data=DATA,
+        model=DiscreteVAEConfig(widths=(8, 16), blocks=(0, 1), levels=(4, 4)),
+        trainer=TrainerConfig(max_steps=6, batch_size=4, device="cpu", precision="fp32", validate_every_steps=3),
+        out=str(tmp_path / "model"),
+        run_dir=str(tmp_path / "run"),
+    )
+    return replace(config, **changes)
 
 
 def test_crops_prefer_the_eventful_part_of_a_picture() -> None:

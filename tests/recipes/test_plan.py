@@ -116,6 +116,7 @@ def test_few_images_limit_batches_and_steps_to_some_hundred_epochs() -> None:
 def test_many_images_are_limited_by_the_clock_alone() -> None:
     plan = timed(drafted(), SCENES, SPEED)
     trainer = plan.prior.trainer
+    assert trainer.budget_seconds is not None
     assert trainer.budget_seconds == pytest.approx(stage_seconds(600.0)["prior"], abs=0.1)
     assert trainer.max_steps * SPEED.prior_step > trainer.budget_seconds
     assert expected_steps(plan, "prior") == int(trainer.budget_seconds / SPEED.prior_step)

@@ -29,7 +29,7 @@ def make(tokenizer: TextTokenizer, **changes: object) -> CaptionedBatches:
 
 
 def texts_of(source: CaptionedBatches, batch: dict[str, torch.Tensor]) -> list[list[str]]:
-    return [[source.tokenizer.decode(ids) for ids in captions] for captions in batch["text_ids"]]
+    return [[source.tokenizer.decode(ids.tolist()) for ids in captions] for captions in batch["text_ids"]]
 
 
 def test_a_batch_is_a_function_of_its_keys(tokenizer: TextTokenizer) -> None:

@@ -10,10 +10,10 @@ from transformer.model import Prior, PriorConfig, SequenceLayout
 KINDS: tuple[MaskKind, ...] = ("full", "row", "column", "conv")
 
 
-def mask_of(kind: MaskKind, *, text_len: int = 3, grid: tuple[int, int] = (4, 4), kernel_size: int = 3) -> AttentionMask:
-    return AttentionMask(
-        kind=kind, text_len=text_len, grid_height=grid[0], grid_width=grid[1], kernel_size=kernel_size
-    )
+def mask_of(
+    kind: MaskKind, *, text_len: int = 3, grid: tuple[int, int] = (4, 4), kernel_size: int = 3
+) -> AttentionMask:
+    return AttentionMask(kind=kind, text_len=text_len, grid_height=grid[0], grid_width=grid[1], kernel_size=kernel_size)
 
 
 def image_keys(kind: MaskKind, query: int, **options: int) -> list[int]:

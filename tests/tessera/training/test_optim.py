@@ -39,7 +39,12 @@ def test_the_rest_is_updated_like_adamw() -> None:
 
 def test_heads_embeddings_and_gains_are_left_to_adamw() -> None:
     model = nn.ModuleDict(
-        {"hidden": nn.Linear(4, 4), "text_head": nn.Linear(4, 9), "stem": nn.Conv2d(3, 4, 3), "embedding": nn.Embedding(5, 4)}
+        {
+            "hidden": nn.Linear(4, 4),
+            "text_head": nn.Linear(4, 9),
+            "stem": nn.Conv2d(3, 4, 3),
+            "embedding": nn.Embedding(5, 4),
+        }
     )
     optimizer = build_optimizer(model, OptimizerConfig())
     rules = {id(p): group["rule"] for group in optimizer.param_groups for p in group["params"]}

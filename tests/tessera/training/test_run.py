@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -15,8 +17,8 @@ from dvae.lit import DiscreteVAELit
 from dvae.model import DiscreteVAE, DiscreteVAEConfig
 from dvae.schedule import ScheduleConfig
 from dvae.train import ImageBatches
-from tessera.data.scenes import ScenesCorpus
 from tessera.data.corpus import load_images
+from tessera.data.scenes import ScenesCorpus
 from tessera.training.checkpoint import checkpoint_path, checkpoints, newest_readable
 from tessera.training.optim import OptimizerConfig
 from tessera.training.run import TrainerConfig, TrainingResult, run_training
@@ -30,7 +32,9 @@ class Losses(Callback):
     def __init__(self) -> None:
         self.values: list[float] = []
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: dict, *_: object) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.values.append(float(outputs["loss"].detach()))
 
 
@@ -40,19 +44,23 @@ class StopAt(Callback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == self.step:
             raise RuntimeError("killed")
 
 
-def run(run_dir: Path, *extra: Callback, quantizer: str = "fsq", **options: object) -> tuple[TrainingResult, dict, list[float]]:
+def run(
+    run_dir: Path, *extra: Callback, quantizer: str = "fsq", **options: Any
+) -> tuple[TrainingResult, dict, list[float]]:
     torch.manual_seed(0)
     model = DiscreteVAE(
         DiscreteVAEConfig(widths=(8, 16), blocks=(0, 1), levels=(4, 4), quantizer=quantizer, codebook_size=16)  # type: ignore[arg-type]
     )
     losses = Losses()
-    config = TrainerConfig(
-        **{"max_steps": 12, "batch_size": 4, "precision": "fp32", "device": "cpu", "checkpoint_every_steps": 5, **options}  # type: ignore[arg-type]
+    config = replace(
+        TrainerConfig(max_steps=12, batch_size=4, precision="fp32", device="cpu", checkpoint_every_steps=5), **options
     )
     result = run_training(
         DiscreteVAELit(model, optim=OPTIM, schedule=ScheduleConfig()),
@@ -92,7 +100,10 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     run(tmp_path, max_steps=20)
-    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-000000015.ckpt", "step-000000020.ckpt"]
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == [
+        "step-000000015.ckpt",
+        "step-000000020.ckpt",
+    ]
 
 
 def test_the_time_budget_ends_the_schedule(tmp_path: Path) -> None:
@@ -103,7 +114,9 @@ def test_the_time_budget_ends_the_schedule(tmp_path: Path) -> None:
 
 def test_an_interrupt_saves_and_the_same_command_resumes(tmp_path: Path) -> None:
     class Interrupt(Callback):
-        def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        def on_train_batch_start(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        ) -> None:
             if trainer.global_step == 3:
                 os.kill(os.getpid(), signal.SIGINT)
 
