@@ -25,9 +25,6 @@ from tessera.precision import autocast, resolve_device, resolve_precision
 from tessera.text_tokenizer import TextTokenizer
 
 _BATCH = 128
-MAX_TEXT_LEN = 256  # the paper's; longer captions are cut
-# BPE dropout splits captions into more pieces than they have without it.
-_DROPOUT_ROOM = 1.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +65,13 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
         tokenizer = TextTokenizer.train(texts, vocab_size=config.vocab_size)
         write_tokenizer(out, tokenizer.proto)
     lengths = caption_lengths(all_captions, tokenizer)
-    text_len = config.text_len or fitting_text_len(lengths)
+    text_len = config.text_len or tokenizer.fitting_text_len(text for captions in all_captions for text in captions)
     vae = load_vae(folder, device=resolve_device(config.device))
     index = _describe(config, folder, vae, corpus, tokenizer, text_len)
     if not _same(directory, index):
         images = load_images(corpus, directory=config.data.cache_path)
+        # read again: where a file failed and another picture took its place, the captions are now that picture's
+        all_captions = [corpus.captions(index) for index in range(len(corpus))]
         write_shards(directory, codes=_codes(vae, images), captions=all_captions, index=index)
     return {
         "num_samples": index.num_samples,
@@ -90,12 +89,6 @@ def caption_lengths(
     distinct = list(dict.fromkeys(text for texts in captions for text in texts))
     step = max(1, len(distinct) // most)
     return np.array([len(tokenizer.encode(text)) for text in distinct[::step]], dtype=np.int64)
-
-
-def fitting_text_len(lengths: NDArray[np.int64]) -> int:
-    """T for captions of these lengths: room for 999 in 1,000 under BPE dropout, a multiple of 8, at most 256."""
-    longest = float(np.quantile(lengths, 0.999)) if len(lengths) else 0.0
-    return int(min(MAX_TEXT_LEN, max(8, 8 * np.ceil(longest * _DROPOUT_ROOM / 8))))
 
 
 def _codes(vae: DiscreteVAE, images: NDArray[np.uint8]) -> Iterator[NDArray[np.int64]]:

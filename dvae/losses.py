@@ -107,7 +107,8 @@ def psnr(reconstruction: Tensor, images: Tensor) -> Tensor:
 
 def ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
     """Structural similarity of each image, float [B] (Wang et al. 2004): Gaussian window of 11 pixels, sigma 1.5."""
-    channels, reach = images.shape[1], 5
+    channels = images.shape[1]
+    reach = min(5, (min(images.shape[2:]) - 1) // 2)  # a smaller window where eleven pixels do not fit
     offsets = torch.arange(-reach, reach + 1, device=images.device, dtype=torch.float32)
     window = torch.exp(-offsets.square() / (2 * 1.5**2))
     window = (window / window.sum()).expand(channels, 1, 1, -1)

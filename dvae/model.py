@@ -4,6 +4,7 @@ The stem cuts the image into patches at once, so that no convolution runs at ful
 makes a training step affordable, and the quality lost at patch borders is won back by the last convolution.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from dvae.losses import PixelLoss, out_channels, to_pixels
 from dvae.quantizers.fsq import FiniteScalarQuantizer
 from dvae.quantizers.gumbel import GumbelQuantizer
 from tessera.config import from_plain
+from tessera.data.shards import MAX_CODEBOOK_SIZE
 from tessera.errors import UserError
 from tessera.model_folder import ModelFolder
 
@@ -49,11 +51,23 @@ class DiscreteVAEConfig:
                 f"dvae widths and blocks need one entry per resolution each; "
                 f"got widths={self.widths}, blocks={self.blocks}"
             )
+        if self.patch_size % 2:
+            raise UserError(f"dvae patch_size must be even; got {self.patch_size}")
+        if not self.levels or min(self.levels) < 2 or not 2 <= self.num_codes <= MAX_CODEBOOK_SIZE:
+            raise UserError(
+                f"a dvae needs 2 to {MAX_CODEBOOK_SIZE} codes and fsq levels of at least 2; "
+                f"got levels={self.levels}, codebook_size={self.codebook_size}"
+            )
         if min(self.widths) < 1 or min(self.blocks) < 0 or self.patch_size < 1:
             raise UserError(
                 f"dvae sizes must be positive; "
                 f"got patch_size={self.patch_size}, widths={self.widths}, blocks={self.blocks}"
             )
+
+    @property
+    def num_codes(self) -> int:
+        """K: the product of the levels for fsq, `codebook_size` otherwise."""
+        return math.prod(self.levels) if self.quantizer == "fsq" else self.codebook_size
 
     @property
     def downsampling(self) -> int:

@@ -104,9 +104,11 @@ def main(argv: Sequence[str]) -> int:
         original = fit_to(image, size)
         (reconstruction,), (codes,) = reconstruct(vae, original[None])
         first, second = (to_float(torch.from_numpy(pixels[None])) for pixels in (original, reconstruction))
-        figures = {"psnr": round(float(psnr(second, first)), 2), "distinct_codes": len(np.unique(codes))}
-        if min(size) > 10:  # SSIM's window needs 11 pixels
-            figures["ssim"] = round(float(ssim(second, first)), 4)
+        figures = {
+            "psnr": round(float(psnr(second, first)), 2),
+            "ssim": round(float(ssim(second, first)), 4),
+            "distinct_codes": len(np.unique(codes)),
+        }
         path = arguments.out / f"{Path(name).stem}-reconstruction.png"
         made_with = {"model": short_sha256(folder.part_sha256("dvae")), "image": Path(name).name, **figures}
         save_png(

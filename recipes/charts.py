@@ -1,39 +1,14 @@
 """Line charts as inline SVG, for pages that must stand alone: no script, no font, no file beside them."""
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 
 Points = list[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 520, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 30
 _MOST_POINTS = 400
-
-
-def read_metrics(path: Path) -> dict[str, Points]:
-    """The columns of a run's metrics.csv as (step, value), sorted by step; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    columns: dict[str, dict[float, float]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            try:
-                step = float(row.get("step") or "nan")
-            except ValueError:
-                continue
-            for name, text in row.items():
-                if name in ("step", "epoch", None) or not text:
-                    continue
-                try:
-                    value = float(text)
-                except (TypeError, ValueError):
-                    continue
-                if math.isfinite(value) and math.isfinite(step):
-                    columns.setdefault(name, {})[step] = value
-    return {name: sorted(values.items()) for name, values in columns.items()}
 
 
 def line_chart(series: Mapping[str, Points], *, label: str, unit: str = "") -> str:

@@ -85,7 +85,7 @@ PRIOR_ROWS = (
     PriorRow(1024, 24, 16, _ROWS_THEN_FULL, 256, 6e-4, 20_000, 100_000),  # 350 M
 )
 # A small prior does better with a small codebook, and few images fill few codes: (images from which on, levels).
-CODEBOOKS = ((0, (8, 5, 5, 5)), (200_000, (8, 8, 8, 6, 5)))
+CODEBOOKS = ((0, (8, 8, 8)), (200_000, (8, 8, 8, 6, 5)))
 # Compiling takes about half a minute on two cores and makes a step on a CPU a third faster.
 _COMPILE_FROM_SECONDS = 150.0
 COMPILED_SPEEDUP = 1.6

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from recipes.accuracy import Judged
-from recipes.charts import line_chart, read_metrics
+from recipes.charts import line_chart
 from recipes.plan import Plan, stage_seconds
 from recipes.plan_table import clock, planned_sizes, stage_trainers
 from recipes.tune import Trial
 from tessera.data.scenes import PROMPT_CLASSES
+from tessera.training.metrics import read_metrics
 
 TEMPLATE_FILE = "report.html.j2"
 _PROMPTS_PER_CELL = 2  # per class and split
@@ -185,7 +186,7 @@ def _accuracy(accuracy: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def _charts(run_dir: Path) -> list[dict[str, str]]:
     charts = []
     for stage, drawings in _CHARTS.items():
-        metrics = read_metrics(run_dir / stage / "metrics.csv")
+        metrics = read_metrics(run_dir / stage)
         for title, columns, unit in drawings:
             series = {shown: metrics[name] for name, shown in columns.items() if name in metrics}
             svg = line_chart(series, label=title, unit=unit)

@@ -2,9 +2,11 @@
 
 import math
 import shutil
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +43,14 @@ def measure_machine(device: str = "auto", precision: str = "auto") -> Machine:
         memory_gib=float((hardware["gpu_memory_gib"] if on_gpu else hardware["memory_gib"]) or 8.0),
         flops=2 * side**3 / seconds,
         precision=format_.name,
-        can_compile=on_gpu or any(shutil.which(name) for name in ("c++", "g++", "clang++")),
+        can_compile=_can_compile(),
     )
+
+
+def _can_compile() -> bool:
+    """Whether torch.compile can build its kernels: it takes a C++ compiler and Python's header files."""
+    has_compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+    return has_compiler and (Path(sysconfig.get_path("include")) / "Python.h").exists()
 
 
 def measure_speed(plan: Plan, facts: DataFacts, *, seconds: float) -> Speed:

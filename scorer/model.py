@@ -1,8 +1,14 @@
-"""A contrastive dual encoder (CLIP, Radford et al. 2021) with a matching head (ALBEF, Li et al. 2021, section 3.2).
+"""A contrastive dual encoder with a captioning head (CLIP, Radford et al. 2021; CoCa, Yu et al. 2022).
 
 The two encoders give one unit vector per image and per caption. That is good for search, and poor at telling who has
-which attribute: "a red star left of a blue ring" lies close to "a blue star left of a red ring". The matching head
-therefore reads the image's patches once more together with the words of one caption, and its score is what ranks.
+which attribute: "a red star left of a blue ring" lies close to "a blue star left of a red ring". What ranks is therefore
+the matching head, which predicts a caption word by word while it looks at the image. Its score is
+
+    log p(caption | image) - log p(caption)
+
+in nats: what the image tells about the caption. Each word is judged in the light of the words before it, so that "star"
+after "a red" asks whether the red thing is a star. And every word is a lesson in itself, where telling the right one of
+a few captions teaches a few bits at a time.
 """
 
 import math
@@ -22,7 +28,7 @@ from tessera.text_tokenizer import END_ID, TextTokenizer
 # N images, M captions, G captions per image, H W pixels, T text positions, S = T + 1 text states, P patches, C width,
 # E embedding width; inside attention B batch, A heads, D head width, n queries, m keys.
 
-IGNORED = -100
+IGNORED = -100  # target of a state after which nothing is expected
 _AT_ONCE = 64  # pairs scored together: bounds memory, whatever the number of candidates
 _STEM_STRIDE = 4
 _LARGEST_SCALE = 100.0  # Radford et al. 2021, section 2.5
@@ -49,9 +55,9 @@ class ClipScorerConfig:
     image_layers: int = 1
     """transformer layers over the patches"""
     text_layers: int = 2
-    """transformer layers over the caption"""
+    """transformer layers over the caption alone"""
     matcher_layers: int = 2
-    """layers of the matching head; 0 leaves it out, and the cosine of the embeddings ranks"""
+    """layers of the matching head, over caption and image; 0 leaves it out, and the embeddings' cosine ranks"""
     embedding_dim: int = 128
     """E, width of the embeddings"""
 
@@ -184,6 +190,7 @@ class ImageStem(nn.Module):
         super().__init__()
         width, side = config.stem_width, config.patch_size // _STEM_STRIDE
         self.patch_size = config.patch_size
+        # Muon trains this one too: with AdamW at the same rate the head was a nat behind after 300 steps of 32.
         self.from_pixels = nn.Conv2d(3, width, _STEM_STRIDE + 2, stride=_STEM_STRIDE, padding=1)
         self.fine = ConvBlock(width)
         self.to_patches = nn.Conv2d(width, config.dim, side, stride=side)
@@ -210,17 +217,18 @@ class TextStates(NamedTuple):
 
 
 class ClipScorer(nn.Module):
-    """Embeds images and captions, and matches one with the other.
+    """Embeds images and captions, and says how much an image tells about a caption.
 
     Args:
         config: sizes; see `ClipScorerConfig`.
 
     Example:
         >>> scorer = ClipScorer(ClipScorerConfig(image_size=(32, 48), text_len=8))
-        >>> patches = scorer.encode_images(torch.rand(2, 3, 32, 48))
-        >>> texts = scorer.encode_texts(torch.randint(512, (2, 8)))
-        >>> scorer.match(patches, TextStates(texts.states[:, None], texts.mask[:, None])).shape
-        torch.Size([2, 1])
+        >>> images, text_ids = torch.rand(2, 3, 32, 48), torch.randint(512, (2, 8))
+        >>> scorer(images, text_ids).shape
+        torch.Size([2])
+        >>> (scorer.embed_images(images) @ scorer.embed_texts(text_ids).T).shape
+        torch.Size([2, 2])
     """
 
     def __init__(self, config: ClipScorerConfig) -> None:
@@ -253,10 +261,10 @@ class ClipScorer(nn.Module):
         ==========================================  =======================================
         linear layers reading the residual stream   N(0, 1/sqrt(inputs))
         linear layers writing to it                 zero, so that every block starts as identity
-        convolutions                                PyTorch's default
-        embeddings of words and of the caption      N(0, 1)
+        convolutions                                PyTorch's default; zero where they write to a skip connection
+        embeddings of words, begin and no image     N(0, 1)
         positions                                   N(0, 0.5)
-        head of the matcher                         N(0, 0.02), so that all pairs start nearly equal
+        head of the matcher                         zero, so that the loss starts at the logarithm of the vocabulary
         scale                                       1 / 0.07 (Radford et al. 2021, section 2.5)
         norm gains                                  one
         ==========================================  =======================================
@@ -344,7 +352,7 @@ class ClipScorer(nn.Module):
         """How unexpected each token of G captions is to one who sees the image and the tokens before.
 
         Args:
-            patches: [N, P, C], from `encode_images`, or `no_patches`.
+            patches: [N, P, C], from `encode_images`; or [N, 1, C], `no_image` for one who sees none.
             texts: states [N, G, S, C] and targets [N, G, S], from `encode_texts`.
 
         Returns:
@@ -403,7 +411,8 @@ class TrainedScorer:
             texts: N texts.
 
         Returns:
-            float32 [N] on the model's device, higher is better; comparable between images and texts, without a unit.
+            float32 [N] on the model's device, in nats: log p(text | image) - log p(text); higher is better. Comparable
+            between images, and between texts.
 
         Raises:
             ValueError: if images are not uint8 of that shape, or not as many as texts.

@@ -186,7 +186,7 @@ def measure(scorer: TrainedScorer, images: NDArray[np.uint8], captions: Sequence
         to those of the 15 captions nearest by the embeddings. An image with the same caption counts as their own.
     """
     texts = [one[0] for one in captions]
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
     words = scorer.embed_texts(texts)
     cosine = (scorer.embed_images(pixels) @ words.T).cpu()  # [M, M]
     equal = torch.tensor([[a == b for b in texts] for a in texts])

@@ -161,12 +161,12 @@ class TextTokenizer:
             most: never more than this.
 
         Returns:
-            A multiple of 8 with room for 999 in 1,000 captions, and for the further pieces that dropout makes of them.
+            A multiple of 4, at least 8, with room for 999 in 1,000 captions, and for the further pieces that dropout makes of them.
         """
         distinct = list(dict.fromkeys(captions))
         lengths = sorted(len(self.encode(text)) for text in distinct[:: max(1, len(distinct) // _MAX_COUNTED_CAPTIONS)])
         longest = lengths[math.ceil(0.999 * len(lengths)) - 1] if lengths else 0
-        return min(most, max(8, 8 * math.ceil(longest * _DROPOUT_ROOM / 8)))
+        return min(most, max(8, 4 * math.ceil(longest * _DROPOUT_ROOM / 4)))
 
     def num_ids(self, text_len: int) -> int:
         """Returns how many ids a model needs to embed: pieces and one pad per position."""

@@ -37,7 +37,7 @@ def test_no_module_hides_one_of_the_standard_library() -> None:
 
 def test_everything_imported_is_declared() -> None:
     project = PROJECT["project"]
-    requirements = project["dependencies"] + project["optional-dependencies"]["wandb"]
+    requirements = project["dependencies"]
     declared = {re.split(r"[^\w.-]", requirement)[0] for requirement in requirements}
     imported = set()
     for package in PACKAGES:

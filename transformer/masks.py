@@ -5,7 +5,6 @@ decides. A position always sees itself and never a later one.
 """
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
@@ -76,13 +75,8 @@ class AttentionMask:
 
     def dense(self) -> Tensor:
         """The mask as bool [N, N], True where the row's position may attend to the column's."""
-        return _dense(self)
-
-
-@cache
-def _dense(mask: AttentionMask) -> Tensor:
-    position = torch.arange(mask.seq_len)
-    return mask.allowed(position[:, None], position[None, :])
+        position = torch.arange(self.seq_len)
+        return self.allowed(position[:, None], position[None, :])
 
 
 def layer_kinds(pattern: tuple[MaskKind, ...], depth: int) -> tuple[MaskKind, ...]:

@@ -70,8 +70,13 @@ class TokenShards:
         self.codes: NDArray[np.uint16] = np.memmap(
             codes_path, dtype="<u2", mode="r", shape=(self.index.num_samples, tokens)
         )
+        for name in ("offsets.i64", "captions.utf8"):
+            if not (directory / name).exists():
+                raise UserError(f"{directory / name} is missing: encode again with `tessera encode`")
         self._offsets = np.fromfile(directory / "offsets.i64", dtype="<i8")
         self._captions = np.memmap(directory / "captions.utf8", dtype=np.uint8, mode="r")
+        if len(self._offsets) != self.index.num_samples + 1 or self._offsets[-1] > len(self._captions):
+            raise UserError(f"the captions in {directory} are truncated: encode again with `tessera encode`")
 
     def __len__(self) -> int:
         return self.index.num_samples

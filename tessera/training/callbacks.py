@@ -96,7 +96,7 @@ class RandomState(Callback):
 
 
 class Saver(Callback):
-    """Saves a checkpoint every so many seconds, at the end, and when the user interrupts.
+    """Saves a checkpoint every so many seconds, and when the user interrupts.
 
     The first Ctrl-C (or SIGTERM) finishes the step, saves and stops; a second one stops at once.
 

@@ -1,6 +1,7 @@
 """Reads what a run logged, across all the times that it was resumed."""
 
 import csv
+import math
 from pathlib import Path
 
 METRICS_DIR = "metrics"
@@ -19,10 +20,22 @@ def read_metrics(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """
     series: dict[str, dict[int, float]] = {}
     for path in sorted((run_dir / METRICS_DIR).glob("from-step-*/metrics.csv")):
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                step = int(row["step"])
                 for name, text in row.items():
-                    if name not in ("step", "epoch") and text:
-                        series.setdefault(name, {})[step] = float(text)
+                    if (
+                        name not in ("step", "epoch", None)
+                        and text
+                        and _is_number(row.get("step"))
+                        and _is_number(text)
+                    ):
+                        series.setdefault(name, {})[int(row["step"])] = float(text)
     return {name: sorted(values.items()) for name, values in series.items()}
+
+
+def _is_number(text: str | None) -> bool:
+    """Whether a cell holds a finite number; the last row of a killed run may be torn."""
+    try:
+        return math.isfinite(float(text or "nan"))
+    except ValueError:
+        return False

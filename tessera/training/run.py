@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -112,6 +113,11 @@ def run_training(
     for path in damaged:
         logging.getLogger(__name__).warning("damaged checkpoint passed over: %s", path)
     start_step = checkpoint_step(resume_from) if resume_from else 0
+    if config.num_devices * config.num_nodes > 1:
+        raise UserError(
+            f"training on several processes is not supported yet; "
+            f"got trainer.num_devices={config.num_devices} and trainer.num_nodes={config.num_nodes}"
+        )
 
     clock = ProgressClock(optim, max_steps=config.max_steps, budget_seconds=config.budget_seconds)
     saver = Saver(
@@ -169,9 +175,15 @@ def run_training(
         )
         # a bare list would be taken for several loaders
         validation_loader = DataLoader(validation, batch_size=None) if validation else None  # type: ignore[arg-type]
-        trainer.fit(module, loader, validation_loader, ckpt_path=resume_from, weights_only=True)
+        try:
+            trainer.fit(module, loader, validation_loader, ckpt_path=resume_from, weights_only=True)
+        except SystemExit as exit_:  # what Lightning makes of an interrupt
+            raise KeyboardInterrupt from exit_
     if saver.interrupted:
         raise KeyboardInterrupt
+    if resume_from is not None and start_step >= config.max_steps:
+        # Lightning ends such a run before it hands over the averaged weights
+        module.load_state_dict(torch.load(resume_from, map_location="cpu", weights_only=True)["state_dict"])
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     return TrainingResult(steps=trainer.global_step, seconds=clock.seconds, metrics=metrics)
 

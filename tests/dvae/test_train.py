@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dvae.encode import EncodeConfig, encode, fitting_text_len
+from dvae.encode import EncodeConfig, encode
 from dvae.model import DiscreteVAEConfig
 from dvae.reconstruct import code_map
 from dvae.reconstruct import main as reconstruct_main
@@ -103,9 +103,3 @@ def test_equal_codes_have_equal_colors() -> None:
     picture = code_map(np.array([[5, 7], [7, 5]]), 8, 8)
     assert (picture[:4, :4] == picture[4:, 4:]).all()
     assert (picture[:4, :4] != picture[:4, 4:]).any()
-
-
-def test_text_positions_fit_the_captions() -> None:
-    assert fitting_text_len(np.array([], dtype=np.int64)) == 8
-    assert fitting_text_len(np.full(100, 12)) == 16
-    assert fitting_text_len(np.full(100, 5000)) == 256

@@ -1,10 +1,9 @@
 import math
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from recipes.charts import line_chart, nice_ticks, read_metrics
+from recipes.charts import line_chart, nice_ticks
 
 
 @pytest.mark.parametrize("low, high", [(0.0, 1.0), (3.2, 9.7), (-0.01, 0.02), (5.0, 5.0), (0.0, 12_345.0)])
@@ -31,10 +30,3 @@ def test_a_chart_is_well_formed_and_names_its_series() -> None:
 
 def test_nothing_to_draw_is_no_chart() -> None:
     assert line_chart({"empty": []}, label="x") == ""
-
-
-def test_metrics_of_several_kinds_of_rows_are_sorted_by_column(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.csv"
-    file.write_text("epoch,loss,step,val_loss\n0,2.0,9,\n0,,9,1.5\n0,1.0,19,\n0,nan,29,\n0,torn")
-    assert read_metrics(file) == {"loss": [(9.0, 2.0), (19.0, 1.0)], "val_loss": [(9.0, 1.5)]}
-    assert read_metrics(tmp_path / "absent.csv") == {}

@@ -72,10 +72,10 @@ def test_a_quick_command_of_the_readme_runs(line: str, scenes_model: Path, tmp_p
     if name not in QUICK:
         pytest.skip("takes longer than a test may")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my-model").symlink_to(scenes_model)
+    for model in ("my-model", "my-emoji"):
+        (tmp_path / model).symlink_to(scenes_model)
     Image.new("RGB", (20, 16), "red").save(tmp_path / "photo.jpg")
-    Image.new("RGB", (16, 16), "blue").save(tmp_path / "blue.png")
-    (tmp_path / "out").mkdir()
-    Image.new("RGB", (16, 16), "red").save(tmp_path / "out" / "red.png")
+    for name_, color in (("a.png", "blue"), ("b.png", "red")):
+        Image.new("RGB", (16, 16), color).save(tmp_path / name_)
     expanded = [path for word in argv for path in (sorted(glob.glob(word)) if "*" in word else [word])]
     assert main([name, *expanded]) == 0

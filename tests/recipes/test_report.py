@@ -51,8 +51,9 @@ def judged() -> list[Judged]:
 
 @pytest.fixture
 def page(judged: list[Judged], tmp_path: Path) -> str:
-    (tmp_path / "dvae").mkdir()
-    (tmp_path / "dvae" / "metrics.csv").write_text("step,psnr,val_psnr\n10,12.5,\n20,15.0,14.0\n30,17,\n")
+    logged = tmp_path / "dvae" / "metrics" / "from-step-000000000"
+    logged.mkdir(parents=True)
+    (logged / "metrics.csv").write_text("step,psnr,val_psnr\n10,12.5,\n20,15.0,14.0\n30,17,\n")
     figures = {
         "corpus": "scenes",
         "dvae": {"psnr": 27.123, "ssim": 0.95, "codebook_usage": 0.912, "perplexity": 3000.0},

@@ -128,6 +128,16 @@ def test_an_interrupt_saves_and_the_same_command_resumes(tmp_path: Path) -> None
     assert len(losses) == 8
 
 
+def test_a_run_killed_after_its_last_step_ends_with_the_averaged_weights(tmp_path: Path) -> None:
+    _, expected, _ = run(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "killed", StopAt(12), checkpoint_every_steps=12)
+    result, weights, losses = run(tmp_path / "killed", checkpoint_every_steps=12)
+    assert result.steps == 12
+    assert losses == []
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
 def test_a_run_killed_by_the_system_resumes(tmp_path: Path) -> None:
     """SIGKILL in a process of its own, between two checkpoints."""
     program = f"""
