@@ -1,8 +1,8 @@
 """A contrastive dual encoder with a captioning head (CLIP, Radford et al. 2021; CoCa, Yu et al. 2022).
 
 The two encoders give one unit vector per image and per caption. That is good for search, and poor at telling who has
-which attribute: "a red star left of a blue ring" lies close to "a blue star left of a red ring". What ranks is therefore
-the matching head, which predicts a caption word by word while it looks at the image. Its score is
+which attribute: "a red star left of a blue ring" lies close to "a blue star left of a red ring". What ranks is
+therefore the matching head, which predicts a caption word by word while it looks at the image. Its score is
 
     log p(caption | image) - log p(caption)
 

@@ -161,7 +161,8 @@ class TextTokenizer:
             most: never more than this.
 
         Returns:
-            A multiple of 4, at least 8, with room for 999 in 1,000 captions, and for the further pieces that dropout makes of them.
+            A multiple of 4, at least 8, with room for 999 in 1,000 captions and for the further pieces that dropout
+            makes of them.
         """
         distinct = list(dict.fromkeys(captions))
         lengths = sorted(len(self.encode(text)) for text in distinct[:: max(1, len(distinct) // _MAX_COUNTED_CAPTIONS)])

@@ -19,6 +19,7 @@ from dvae.schedule import ScheduleConfig
 from dvae.train import ImageBatches
 from tessera.data.corpus import load_images
 from tessera.data.scenes import ScenesCorpus
+from tessera.errors import UserError
 from tessera.training.checkpoint import checkpoint_path, checkpoints, newest_readable
 from tessera.training.optim import OptimizerConfig
 from tessera.training.run import TrainerConfig, TrainingResult, run_training
@@ -194,3 +195,8 @@ def test_checkpoints_load_without_unpickling_code(tmp_path: Path) -> None:
     run(tmp_path)
     for path in checkpoints(tmp_path / "checkpoints"):
         assert "state_dict" in torch.load(path, weights_only=True)
+
+
+def test_several_processes_are_refused_for_now(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not supported yet; got trainer.num_devices=2"):
+        run(tmp_path, num_devices=2)
