@@ -29,6 +29,7 @@ from tessera.model_folder import ModelFolder, write_card
 from tessera.precision import describe_hardware, versions
 
 DEFAULT_MINUTES = 10.0
+DEFAULT_PROMPTS = 150
 BEST_OF = 16
 _LEAST_PROMPTS = 6  # one per class
 _REPORT_SECONDS = 6.0  # for writing what has been measured
@@ -227,9 +228,10 @@ def _parser() -> OneLineParser:
     parser.add_argument(
         "--prompts",
         type=int,
-        default=300,
+        default=DEFAULT_PROMPTS,
         metavar="N",
-        help="held-out prompts of seen and as many of unseen pairs; a small budget takes fewer (default: 300)",
+        help=f"held-out prompts of seen and as many of unseen pairs; a small budget takes fewer "
+        f"(default: {DEFAULT_PROMPTS}, which makes {2 * DEFAULT_PROMPTS})",
     )
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--seed", type=int, metavar="S", help="of all that is random, from 0 (default: 0)")

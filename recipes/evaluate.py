@@ -94,7 +94,7 @@ def evaluate(
         seed: of prompts, renders and drawing; 31337 is refused, settings are tuned on its prompts.
         device: where to compute.
         precision: auto, bf16 or fp32.
-        deadline: `time.monotonic()` after which no more prompts are begun.
+        deadline: `time.monotonic()` by which drawing ends; fewer prompts are judged if they take longer.
         phase: entered around each kind of work, with its name.
         on_progress: called with (prompts judged, prompts in all).
 
@@ -265,7 +265,7 @@ def _parser() -> OneLineParser:
         "--best-of", type=int, default=16, metavar="N", help="scenes: candidates per prompt (default: 16)"
     )
     parser.add_argument(
-        "--minutes", type=float, metavar="M", help="scenes: begin no more prompts after this time (default: no limit)"
+        "--minutes", type=float, metavar="M", help="scenes: judge only as many prompts as fit (default: no limit)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and drawing, from 0 (default: 0)")
     parser.add_argument("--font", metavar="FILE", help="emoji: color font; searched for by default")

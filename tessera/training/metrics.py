@@ -12,13 +12,13 @@ def metrics_version(start_step: int) -> str:
     return f"from-step-{start_step:09d}"
 
 
-def read_metrics(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+def read_metrics(run_dir: Path) -> dict[str, list[tuple[float, float]]]:
     """Every logged quantity of a run as (step, value) pairs in the order of the steps.
 
     Where a run was killed after logging steps that its newest checkpoint does not hold, the later record of a step
     replaces the earlier one.
     """
-    series: dict[str, dict[int, float]] = {}
+    series: dict[str, dict[float, float]] = {}
     for path in sorted((run_dir / METRICS_DIR).glob("from-step-*/metrics.csv")):
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):

@@ -17,8 +17,8 @@ def test_written_out_attention_equals_the_fused_one(kind: MaskKind | None) -> No
     inputs = [torch.randn(2, 3, 23, 8, generator=generator, dtype=torch.float64) for _ in range(3)]
     ours = [tensor.clone().requires_grad_() for tensor in inputs]
     theirs = [tensor.clone().requires_grad_() for tensor in inputs]
-    first = attend_by_matmul(*ours, mask)
-    second = F.scaled_dot_product_attention(*theirs, attn_mask=mask)
+    first = attend_by_matmul(ours[0], ours[1], ours[2], mask)
+    second = F.scaled_dot_product_attention(theirs[0], theirs[1], theirs[2], attn_mask=mask)
     torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-5)  # its softmax is in fp32
     weights = torch.randn(first.shape, generator=generator, dtype=torch.float64)
     (first * weights).sum().backward()
