@@ -154,7 +154,10 @@ def _tiles(figures: Mapping[str, Any], seconds: Mapping[str, float]) -> list[dic
 
 def _prompt(result: Judged) -> dict[str, Any]:
     pictures = []
-    for image, satisfied in list(zip(result.images, result.satisfied, strict=True))[: 1 + _SHOWN_OTHERS]:
+    # the pick, and others spread over the ranks down to the last
+    places = np.linspace(1, len(result.images) - 1, min(_SHOWN_OTHERS, len(result.images) - 1)).round().astype(int)
+    for place in (0, *places.tolist()):
+        image, satisfied = result.images[place], result.satisfied[place]
         score = image.scores.get(image.scorer or "", float("nan"))
         pictures.append({"source": data_url(image.image), "satisfied": bool(satisfied), "score": f"{score:.2f}"})
     return {"text": result.prompt.text, "unseen": result.pairs == "unseen", "pictures": pictures}
