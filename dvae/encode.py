@@ -113,6 +113,7 @@ def _describe(
         grid_height=height // f,
         grid_width=width // f,
         codebook_size=vae.codebook_size,
+        codebook_levels=vae.config.code_digits,
         image_height=height,
         image_width=width,
         corpus_name=corpus.name,

@@ -41,6 +41,8 @@ class DiscreteVAEConfig:
     """channels per resolution, finest first; each further entry halves the resolution, so f = patch_size * 2^(n-1)"""
     blocks: tuple[int, ...] = (2, 3)
     """residual blocks per resolution, in the encoder and again in the decoder"""
+    encoder_kernel_size: Literal[1, 3] = 1
+    """side of the encoder's convolutions: 1 makes a code a function of its own f x f pixels, 3 lets it look around"""
     pixel_loss: PixelLoss = "mixed"
     """reconstruction loss: mixed, l1, l2 or the paper's logit_laplace; part of the model because it decides what the
     decoder's channels mean"""
@@ -68,6 +70,11 @@ class DiscreteVAEConfig:
     def num_codes(self) -> int:
         """K: the product of the levels for fsq, `codebook_size` otherwise."""
         return math.prod(self.levels) if self.quantizer == "fsq" else self.codebook_size
+
+    @property
+    def code_digits(self) -> tuple[int, ...]:
+        """How many values each digit of a code has, least significant first; empty where codes have no digits."""
+        return self.levels if self.quantizer == "fsq" else ()
 
     @property
     def downsampling(self) -> int:
@@ -116,21 +123,23 @@ class ResidualBlock(nn.Module):
 class Encoder(nn.Module):
     """Images [B, 3, H, W] to latents [B, D, H/f, W/f].
 
-    At the coarsest resolution it mixes channels only, and borders are replicated: a code depends on what is near it and
-    on nothing else. With 3x3 convolutions there, the codes of a flat background changed with every object in the
-    picture and every border, and the prior spent most of its capacity on predicting that.
+    With kernels of 1 a code depends on the f x f pixels that it stands for and on nothing else: the same detail has the
+    same code wherever it occurs. An encoder that looks around codes every detail together with its surroundings, which
+    the decoder does not need, and the prior has to predict all of that.
     """
 
     def __init__(self, config: DiscreteVAEConfig, latent_dim: int) -> None:
         super().__init__()
-        patch, widths = config.patch_size, config.widths
-        self.stem = nn.Conv2d(3, widths[0], 2 * patch, stride=patch, padding=patch // 2, padding_mode="replicate")
+        patch, widths, kernel_size = config.patch_size, config.widths, config.encoder_kernel_size
+        overlap = patch // 2 if kernel_size > 1 else 0
+        self.stem = nn.Conv2d(
+            3, widths[0], patch + 2 * overlap, stride=patch, padding=overlap, padding_mode="replicate"
+        )
         layers: list[nn.Module] = []
         for level, (width, count) in enumerate(zip(widths, config.blocks, strict=True)):
             if level > 0:
                 layers.append(nn.Conv2d(widths[level - 1], width, 2, stride=2))
-            is_coarsest = level == len(widths) - 1
-            layers.extend(ResidualBlock(width, kernel_size=1 if is_coarsest else 3) for _ in range(count))
+            layers.extend(ResidualBlock(width, kernel_size=kernel_size) for _ in range(count))
         self.layers = nn.Sequential(*layers)
         self.norm = ChannelNorm(widths[-1])
         self.latent_head = nn.Conv2d(widths[-1], latent_dim, 1)

@@ -3,11 +3,12 @@
 Writes for every image one sheet: original, reconstruction, absolute difference and the grid of codes in false colors.
 """
 
-import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,13 +20,16 @@ from dvae.model import DiscreteVAE, load
 from dvae.pixels import to_float, to_uint8
 from tessera.data.images import ImageError, fit_to, open_image, save_png
 from tessera.data.order import mix
+from tessera.data.shards import batches
 from tessera.errors import UserError
 from tessera.model_folder import ModelFolder, short_sha256
-from tessera.precision import autocast, resolve_device, resolve_precision
+from tessera.one_line_parser import OneLineParser
+from tessera.precision import Precision, autocast, resolve_device, resolve_precision
 
-# H W image pixels, h w code grid.
+# N images, H W image pixels, h w code grid.
 
 _GAP = 4  # pixels between the panels
+_AT_ONCE = 64  # images per forward
 
 
 def code_map(codes: NDArray[np.int64], height: int, width: int) -> NDArray[np.uint8]:
@@ -51,13 +55,42 @@ def sheet(
     return np.concatenate(row[:-1], axis=1)
 
 
-def reconstruct(vae: DiscreteVAE, images: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Reconstructions uint8 [B, H, W, 3] and codes int64 [B, h, w] of images uint8 [B, H, W, 3]."""
+class Reconstructed(NamedTuple):
+    """What is left of N images after encoding and decoding."""
+
+    images: NDArray[np.uint8]
+    """[N, H, W, 3]"""
+    codes: NDArray[np.int64]
+    """[N, h, w]"""
+
+
+def reconstruct(vae: DiscreteVAE, images: NDArray[np.uint8], *, precision: Precision) -> Reconstructed:
+    """Encodes images uint8 [N, H, W, 3] and decodes them again."""
+    codes = encode_images(vae, images, precision=precision)
+    return Reconstructed(decode_grids(vae, codes, precision=precision), codes)
+
+
+def encode_images(vae: DiscreteVAE, images: NDArray[np.uint8], *, precision: Precision) -> NDArray[np.int64]:
+    """The codes int64 [N, h, w] of images uint8 [N, H, W, 3]."""
     device = next(vae.parameters()).device
-    with torch.no_grad(), autocast(resolve_precision("auto", device), device):
-        codes = vae.encode(to_float(torch.from_numpy(images)).to(device))
-        pixels = vae.decode(codes)
-    return to_uint8(pixels).cpu().numpy(), codes.cpu().numpy()
+    parts = []
+    for span in batches(len(images), _AT_ONCE):
+        with torch.inference_mode(), autocast(precision, device):
+            # copied: torch warns of arrays that it may not write, such as mapped ones
+            original = to_float(torch.from_numpy(images[span.start : span.stop].copy())).to(device)
+            parts.append(vae.encode(original).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def decode_grids(vae: DiscreteVAE, codes: NDArray[np.integer], *, precision: Precision) -> NDArray[np.uint8]:
+    """The images uint8 [N, H, W, 3] of codes [N, h, w] of any integer type."""
+    device = next(vae.parameters()).device
+    parts = []
+    for span in batches(len(codes), _AT_ONCE):
+        with torch.inference_mode(), autocast(precision, device):
+            pixels = vae.decode(torch.from_numpy(codes[span.start : span.stop].astype(np.int64)).to(device))
+        parts.append(to_uint8(pixels).cpu().numpy())
+    return np.concatenate(parts)
 
 
 def nearest_size(image: Image.Image, *, downsampling: int, longest: int | None) -> tuple[int, int]:
@@ -67,21 +100,33 @@ def nearest_size(image: Image.Image, *, downsampling: int, longest: int | None) 
     return height, width
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def sheet_names(images: Sequence[str]) -> list[str]:
+    """File names for the sheets of image files: of equal stems in several folders, later ones are numbered from 2."""
+    seen: Counter[str] = Counter()
+    names = []
+    for image in images:
+        stem = Path(image).stem
+        seen[stem.casefold()] += 1  # some file systems take X.png and x.png for one
+        number = seen[stem.casefold()]
+        # The number comes last, where no stem can bring one: x-2.png of its own keeps its name.
+        names.append(f"{stem}-reconstruction.png" if number == 1 else f"{stem}-reconstruction-{number}.png")
+    return names
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
         prog="tessera reconstruct",
         description="Shows what the dVAE keeps of images: original, reconstruction, difference and codes on one sheet.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", help="model folder")
     parser.add_argument("images", nargs="+", help="image files")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the sheets")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the sheets (default: out)")
     parser.add_argument(
         "--longest",
         type=int,
         help="shrink images to at most this many pixels on the longer side (default: as the model was trained)",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--json", action="store_true", help="one line of JSON per image on stdout")
     return parser
 
@@ -90,11 +135,12 @@ def main(argv: Sequence[str]) -> int:
     """The command."""
     arguments = _parser().parse_args(argv)
     folder = ModelFolder.open(arguments.model, parts=["dvae"])
-    vae = load(folder, device=resolve_device(arguments.device))
+    device = resolve_device(arguments.device)
+    vae, precision = load(folder, device=device), resolve_precision("auto", device)
     longest = arguments.longest or max(folder.metadata("dvae").get("image_size", [256]))
     arguments.out.mkdir(parents=True, exist_ok=True)
     written = 0
-    for name in arguments.images:
+    for name, sheet_name in zip(arguments.images, sheet_names(arguments.images), strict=True):
         try:
             image = open_image(name)
         except (ImageError, OSError) as error:
@@ -102,14 +148,14 @@ def main(argv: Sequence[str]) -> int:
             continue
         size = nearest_size(image, downsampling=vae.downsampling, longest=longest)
         original = fit_to(image, size)
-        (reconstruction,), (codes,) = reconstruct(vae, original[None])
+        (reconstruction,), (codes,) = reconstruct(vae, original[None], precision=precision)
         first, second = (to_float(torch.from_numpy(pixels[None])) for pixels in (original, reconstruction))
         figures = {
             "psnr": round(float(psnr(second, first)), 2),
             "ssim": round(float(ssim(second, first)), 4),
             "distinct_codes": len(np.unique(codes)),
         }
-        path = arguments.out / f"{Path(name).stem}-reconstruction.png"
+        path = arguments.out / sheet_name
         made_with = {"model": short_sha256(folder.part_sha256("dvae")), "image": Path(name).name, **figures}
         save_png(
             path,

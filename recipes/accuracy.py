@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dvae.model import DiscreteVAE
-from dvae.pixels import to_float
+from dvae.reconstruct import reconstruct
 from sampling.pipeline import GeneratedImage, Pipeline
 from tessera.data.scenes import PROMPT_CLASSES, Pairs, Prompt, SceneSpec, render, sample_prompts, sample_scene
 from tessera.data.scenes_parser import satisfies
 from tessera.data.shards import batches
-from tessera.precision import Precision, autocast, usable_cores
+from tessera.errors import UserError
+from tessera.precision import Precision, usable_cores
 
 # N candidates, H W pixels.
 
@@ -32,7 +32,12 @@ TUNING_SEED = 31_337
 # Fewer pictures are read sooner than worker processes start.
 _WORTH_PROCESSES = 600
 _PROMPTS_AT_ONCE = 24
-_AT_ONCE = 64
+
+
+def refuse_tuning_seed(seed: int) -> None:
+    """Raises UserError for the seed of the tuning prompts: figures on them would flatter the settings tuned on them."""
+    if seed == TUNING_SEED:
+        raise UserError(f"--seed {TUNING_SEED} draws the prompts that sampling settings are tuned on: take another")
 
 
 class Judged(NamedTuple):
@@ -167,38 +172,10 @@ def judge_reconstructions(
         for pairs in SPLITS:
             images, specs = fresh_scenes(count, seed=seed, pairs=pairs, image_size=image_size)
             renders.append(float(verdicts(list(images), specs).mean()))
-            remade = reconstruct(vae, images, precision=precision)
+            remade = reconstruct(vae, images, precision=precision).images
             figures[f"reconstructions_{pairs}"] = round(float(verdicts(list(remade), specs).mean()), 4)
     both = (figures["reconstructions_seen"] + figures["reconstructions_unseen"]) / 2
     return {"renders": round(sum(renders) / 2, 4), "reconstructions": round(both, 4), **figures}
-
-
-def reconstruct(vae: DiscreteVAE, images: NDArray[np.uint8], *, precision: Precision) -> NDArray[np.uint8]:
-    """What is left of images uint8 [N, H, W, 3] after encoding and decoding."""
-    return decode_grids(vae, encode_images(vae, images, precision=precision), precision=precision)
-
-
-def encode_images(vae: DiscreteVAE, images: NDArray[np.uint8], *, precision: Precision) -> NDArray[np.int64]:
-    """The codes int64 [N, h, w] of images uint8 [N, H, W, 3]."""
-    device = next(vae.parameters()).device
-    parts = []
-    for span in batches(len(images), _AT_ONCE):
-        with torch.inference_mode(), autocast(precision, device):
-            # copied: torch warns of arrays that it may not write, such as mapped ones
-            original = to_float(torch.from_numpy(images[span.start : span.stop].copy())).to(device)
-            parts.append(vae.encode(original).cpu().numpy())
-    return np.concatenate(parts)
-
-
-def decode_grids(vae: DiscreteVAE, codes: NDArray[np.integer], *, precision: Precision) -> NDArray[np.uint8]:
-    """The images uint8 [N, H, W, 3] of codes [N, h, w] of any integer type."""
-    device = next(vae.parameters()).device
-    parts = []
-    for span in batches(len(codes), _AT_ONCE):
-        with torch.inference_mode(), autocast(precision, device):
-            pixels = vae.decode(torch.from_numpy(codes[span.start : span.stop].astype(np.int64)).to(device))
-        parts.append((pixels.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
-    return np.concatenate(parts)
 
 
 def _verdicts(found: Iterable[bool]) -> NDArray[np.bool_]:

@@ -4,7 +4,6 @@ out/demo/  model/  run/  report.html  report.json
 """
 
 import json
-import math
 import shlex
 import sys
 import time
@@ -14,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from recipes.accuracy import refuse_tuning_seed
 from recipes.card import model_card
 from recipes.evaluate import Evaluation, accuracy_lines, evaluate
 from recipes.fit import Fitted, example_prompt, fit, say
@@ -22,14 +22,14 @@ from recipes.plan import STAGES, evaluation_seconds_per_image
 from recipes.plan_table import clock
 from recipes.report import render_report
 from recipes.run_folder import Request, RunFolder, start_over
-from sampling.arguments import OneLineParser
 from tessera.atomic_write import atomic_write
 from tessera.errors import UserError, run_command
 from tessera.model_folder import ModelFolder, write_card
+from tessera.one_line_parser import OneLineParser
 from tessera.precision import describe_hardware, versions
 
 DEFAULT_MINUTES = 10.0
-DEFAULT_PROMPTS = 150
+DEFAULT_PROMPTS = 160
 BEST_OF = 16
 _LEAST_PROMPTS = 6  # one per class
 _REPORT_SECONDS = 6.0  # for writing what has been measured
@@ -175,8 +175,6 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(list(argv))
     if arguments.prompts < _LEAST_PROMPTS:
         raise UserError(f"--prompts must be at least {_LEAST_PROMPTS}, one per prompt class; got {arguments.prompts}")
-    if arguments.minutes is not None and not (arguments.minutes > 0 and math.isfinite(arguments.minutes)):
-        raise UserError(f"--minutes must be positive, got {arguments.minutes:g}")
     for override in arguments.overrides:
         if "=" not in override:
             raise UserError(f"{override!r} is neither an option nor KEY=VALUE; see `tessera demo --help`")
@@ -184,11 +182,8 @@ def main(argv: Sequence[str]) -> int:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file, expected a folder")
     run = RunFolder(out / "run")
-    if arguments.fresh:
-        start_over(out / "model", out / "run")
-        for name in ("report.html", "report.json"):
-            (out / name).unlink(missing_ok=True)
-    known = run.read_plan().request if run.is_planned else Request(path="scenes", minutes=DEFAULT_MINUTES)
+    goes_on = run.is_planned and not arguments.fresh
+    known = run.read_plan().request if goes_on else Request(path="scenes", minutes=DEFAULT_MINUTES)
     given: dict[str, Any] = {
         "minutes": arguments.minutes,
         "device": arguments.device,
@@ -196,6 +191,12 @@ def main(argv: Sequence[str]) -> int:
         "overrides": tuple(arguments.overrides) or None,
     }
     request = replace(known, **{name: value for name, value in given.items() if value is not None})
+    refuse_tuning_seed(request.seed)
+    # Only now is all of the command line known to be right: a slip in it must not cost the earlier demo.
+    if arguments.fresh:
+        start_over(out / "model", out / "run")
+        for name in ("report.html", "report.json"):
+            (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     try:
         report = demo(request, out=out, prompts=arguments.prompts, started=started)

@@ -18,22 +18,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dvae.reconstruct import encode_images, reconstruct
 from dvae.train import measure
 from recipes.accuracy import (
-    TUNING_SEED,
     Judged,
     best,
-    encode_images,
     interleaved_prompts,
     judge_prompts,
     judge_reconstructions,
     oracle,
-    reconstruct,
+    refuse_tuning_seed,
     single,
     tally,
 )
-from sampling.arguments import OneLineParser, add_device_argument, add_precision_argument
-from sampling.pipeline import Pipeline
+from sampling.arguments import add_device_argument, add_precision_argument
+from sampling.pipeline import Pipeline, drawn_size
 from scorer.model import TrainedScorer
 from scorer.train import measure as measure_scorer
 from tessera.atomic_write import atomic_write
@@ -42,6 +41,7 @@ from tessera.data.corpus import Corpus
 from tessera.data.shards import batches
 from tessera.errors import UserError, run_command
 from tessera.model_folder import short_sha256
+from tessera.one_line_parser import OneLineParser
 from tessera.precision import describe_hardware, versions
 from transformer.lit import prior_loss
 
@@ -101,11 +101,9 @@ def evaluate(
     Raises:
         UserError: if the folder or the corpus cannot be used, or for the seed of the tuning prompts.
     """
-    if seed == TUNING_SEED:
-        raise UserError(f"--seed {TUNING_SEED} draws the prompts that sampling settings are tuned on: take another")
+    refuse_tuning_seed(seed)
     pipeline = Pipeline.load(model, device=device, precision=precision)
-    layout, side = pipeline.prior.layout, pipeline.vae.downsampling
-    image_size = (layout.grid_height * side, layout.grid_width * side)
+    image_size = drawn_size(pipeline.prior, pipeline.vae)
     corpus = DataConfig(**{**asdict(data), "image_size": image_size}).open("validation")
     count = min(len(corpus), _MEASURED_IMAGES)
     images = np.stack([corpus.image(index) for index in range(count)])
@@ -114,15 +112,14 @@ def evaluate(
     with phase("dvae"):
         figures["dvae"] = measure(pipeline.vae, images, precision=precision)
         originals = images[:_SHOWN_RECONSTRUCTIONS]
-        remade = reconstruct(pipeline.vae, originals, precision=pipeline.precision)
-        codes = encode_images(pipeline.vae, originals, precision=pipeline.precision)
+        remade, codes = reconstruct(pipeline.vae, originals, precision=pipeline.precision)
     with phase("prior"):
         figures["prior"] = measure_prior(pipeline, corpus, images[:_PRIOR_IMAGES])
     if isinstance(pipeline.scorer, TrainedScorer):
         with phase("scorer"):
             figures["scorer"] = _scorer_figures(pipeline.scorer, corpus, images[:_RETRIEVED])
     judged: list[Judged] = []
-    if corpus.name == "scenes":
+    if data.path == "scenes":  # not by the corpus's name: a folder may have any
         with phase("reconstructions"):
             # another seed than the prompts': these are pictures, those are sentences about pictures never drawn
             accuracy: dict[str, Any] = judge_reconstructions(

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from dvae.encode import encode
 from dvae.model import load as load_vae
+from dvae.reconstruct import decode_grids
 from dvae.train import train as train_dvae
-from recipes.accuracy import decode_grids
 from recipes.card import model_card
 from recipes.ledger import Ledger
 from recipes.plan import STAGES, DataFacts, Plan, placed, seconds_for
@@ -36,18 +36,19 @@ from recipes.run_folder import (
     start_over,
 )
 from recipes.tune import Tuned, tune
-from sampling.arguments import OneLineParser
 from scorer.train import train as train_scorer
 from tessera.data.corpus import Corpus, load_images
 from tessera.data.shards import TokenShards
 from tessera.errors import UserError, run_command
 from tessera.model_folder import INDEX_FILE, ModelFolder, write_card, write_sampling_defaults
+from tessera.one_line_parser import OneLineParser
 from tessera.precision import describe_hardware, resolve_device, resolve_precision, versions
 from tessera.training.run import TrainerConfig
 from transformer.train import train as train_prior
 
 # Reconstructions of all training images are held in memory while the scorer trains; without them it still learns.
 _MOST_RECONSTRUCTION_BYTES = 2**31
+_MOST_TUNING_SECONDS = 60.0  # more trials would measure the same noise
 
 
 class Fitted(NamedTuple):
@@ -164,7 +165,8 @@ def _run_stages(plan: Plan, request: Request, ledger: Ledger, run: RunFolder, ou
     if tuned is None:
         announce("tuning the sampling settings")
         with ledger.phase("tuning"):
-            tuned = tune(out, plan.data, seconds=seconds_for("tuning", left()), device=request.device)
+            seconds = min(_MOST_TUNING_SECONDS, seconds_for("tuning", left()))
+            tuned = tune(out, plan.data, seconds=seconds, device=request.device)
             write_sampling_defaults(out, tuned.settings)
             run.write_tuning(tuned)
         say(f"           {', '.join(f'{name} {value:g}' for name, value in tuned.settings.items())}")
@@ -233,8 +235,6 @@ def request_of(arguments: argparse.Namespace, run: RunFolder) -> Request:
         "font": arguments.font,
         "overrides": tuple(arguments.overrides) or None,
     }
-    if arguments.minutes is not None and arguments.minutes <= 0:
-        raise UserError(f"--minutes must be positive, got {arguments.minutes:g}")
     goes_on = run.is_planned and not arguments.fresh and not arguments.dry_run
     known = asdict(run.read_plan().request) if goes_on else {}
     settings: dict[str, Any] = {

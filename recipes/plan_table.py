@@ -1,7 +1,5 @@
 """A plan as a small table for people, printed before anything starts."""
 
-import math
-
 from recipes.plan import DataFacts, Machine, Plan, peak_memory_gib, stage_seconds
 from tessera.precision import describe_hardware
 from tessera.training.run import TrainerConfig
@@ -44,7 +42,7 @@ def planned_sizes(plan: Plan) -> dict[str, str]:
     """What each stage makes, in a few words."""
     vae, prior = plan.dvae.model, plan.prior.model
     height, width = plan.data.image_size
-    codes = math.prod(vae.levels) if vae.quantizer == "fsq" else vae.codebook_size
+    codes = vae.num_codes
     return {
         "dvae": f"{height}x{width} pixels as {height // vae.downsampling}x{width // vae.downsampling} of {codes:,} "
         f"codes, widths {'-'.join(map(str, vae.widths))}",

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from recipes.plan import DataFacts, Machine, Plan, check_image_size, draft, estimate_text_len, timed
-from recipes.run_folder import PLAN_FILE, Request
+from recipes.run_folder import PLAN_FILE, Request, check_minutes
 from recipes.speed import measure_machine, measure_speed
 from tessera.config import load, to_plain
 from tessera.data.config import DataConfig
@@ -80,6 +80,7 @@ def overridden(plan: Plan, overrides: Sequence[str]) -> Plan:
         sections = {override.split("=")[0].split(".")[0] for override in overrides}
         write_yaml(file, {name: value for name, value in to_plain(plan).items() if name in sections})
         read = load(Plan, [str(file), *overrides], prog="tessera fit")
+    check_minutes(read.minutes)
     return replace(plan, **{name: getattr(read, name) for name in sections})
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dvae.reconstruct import code_map
 from recipes.accuracy import Judged
 from recipes.charts import line_chart
 from recipes.plan import Plan, stage_seconds
@@ -22,8 +23,6 @@ from tessera.training.metrics import read_metrics
 TEMPLATE_FILE = "report.html.j2"
 _PROMPTS_PER_CELL = 2  # per class and split
 _SHOWN_OTHERS = 6
-_CODE_TILE_PIXELS = 8
-_GOLDEN_RATIO = 0.618033988749895
 
 # What a run's metrics.csv is drawn as: title, columns by their shown names, unit.
 _CHARTS: dict[str, tuple[tuple[str, dict[str, str], str], ...]] = {
@@ -89,7 +88,11 @@ def render_report(
         prompts=[_prompt(result) for result in shown],
         accuracy=_accuracy(figures.get("accuracy")),
         reconstructions=[
-            {"original": data_url(before), "reconstruction": data_url(after), "codes": data_url(code_map(grid))}
+            {
+                "original": data_url(before),
+                "reconstruction": data_url(after),
+                "codes": data_url(code_map(grid, *before.shape[:2])),
+            }
             for before, after, grid in zip(originals, reconstructions, codes, strict=True)
         ],
         charts=_charts(run_dir),
@@ -120,16 +123,6 @@ def data_url(pixels: NDArray[np.uint8]) -> str:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def code_map(codes: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Codes int64 [h, w] as an image of tiles: the same code has the same color, others nearly always another."""
-    hue = (codes * _GOLDEN_RATIO) % 1.0
-    value = 0.65 + 0.3 * ((codes * _GOLDEN_RATIO**2) % 1.0)
-    hsv = np.stack([hue, np.full_like(hue, 0.45), value], axis=-1)  # [h, w, 3]
-    height, width = codes.shape
-    colored = Image.frombytes("HSV", (width, height), (hsv * 255).astype(np.uint8).tobytes()).convert("RGB")
-    return np.asarray(colored).repeat(_CODE_TILE_PIXELS, axis=0).repeat(_CODE_TILE_PIXELS, axis=1)
 
 
 def _tiles(figures: Mapping[str, Any], seconds: Mapping[str, float]) -> list[dict[str, str]]:

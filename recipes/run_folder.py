@@ -1,6 +1,7 @@
 """The folder that a fit goes on from: what was asked, the plan made of it, what was tuned, and if it is finished."""
 
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +38,9 @@ class Request:
     """color font for emoji"""
     overrides: tuple[str, ...] = ()
     """key=value settings of the plan"""
+
+    def __post_init__(self) -> None:
+        check_minutes(self.minutes)
 
 
 class Stored(NamedTuple):
@@ -119,6 +123,12 @@ class RunFolder:
         """Marks the fit as finished with a model folder of this hash."""
         with atomic_write(self.path / FINISHED_FILE) as temporary:
             temporary.write_text(json.dumps({"sha256": sha256}))
+
+
+def check_minutes(minutes: float) -> None:
+    """Raises UserError if this is no time to plan with: zero, negative, infinite or not a number."""
+    if not 0 < 60 * minutes < math.inf:
+        raise UserError(f"--minutes must be positive and finite, got {minutes:g}")
 
 
 def start_over(out: Path, run_dir: Path) -> None:

@@ -1,22 +1,8 @@
-"""Command-line flags that the commands of this package share, and a parser whose errors are one line."""
+"""Command-line flags that the commands of this package share."""
 
 import argparse
-from typing import Any, NoReturn
-
-from tessera.errors import UserError
 
 SCORER_CHOICES = ("auto", "clip", "likelihood", "combined", "none")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that reports a wrong command line as a UserError instead of usage plus exit."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UserError with the message and where to read more."""
-        raise UserError(f"{message}; see `{self.prog} --help`")
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:

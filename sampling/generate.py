@@ -3,7 +3,6 @@
 tessera generate my-model "a red star left of a blue ring" -n 4 --best-of 32 --seed 7 --out out/
 """
 
-import argparse
 import json
 import re
 import sys
@@ -21,7 +20,6 @@ from rich.text import Text
 import tessera
 from sampling.arguments import (
     SCORER_CHOICES,
-    OneLineParser,
     add_device_argument,
     add_precision_argument,
     add_sampling_arguments,
@@ -32,6 +30,7 @@ from sampling.pipeline import Pipeline
 from tessera.data.images import ImageError, read_png_text, save_png
 from tessera.errors import UserError, run_command
 from tessera.model_folder import short_sha256
+from tessera.one_line_parser import OneLineParser
 
 METADATA_KEY = "tessera"
 _SLUG_BYTES = 80  # leaves room for seed, index and counter in the 255 bytes of a file name
@@ -245,7 +244,7 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="tessera generate",
         description="Make images for prompts. Same seed, same machine: same pixels.",

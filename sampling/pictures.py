@@ -1,4 +1,4 @@
-"""Sheets of pictures: a grid with a caption under each image, and rows of before and after.
+"""Sheets of pictures: a grid with a caption under each image.
 
 Arrays in, one PIL picture out; nothing here knows about models. Small images are enlarged by a whole factor, so that
 every pixel of the original stays a square.
@@ -105,38 +105,6 @@ def contact_sheet(
                 text_y += line_height
         y += height + GAP_PIXELS // 2 + text_heights[row] + GAP_PIXELS
     return sheet
-
-
-def before_after_sheet(
-    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
-    *,
-    labels: tuple[str, str] = ("original", "reconstruction"),
-    notes: Sequence[str] | None = None,
-    tile_pixels: int = 192,
-    title: str = "",
-) -> Image.Image:
-    """Lay pairs of images side by side, two pairs per row from eight pairs on.
-
-    Args:
-        pairs: (before, after), uint8 [H, W, 3] each, all of one size.
-        labels: what stands below every first and every second image.
-        notes: one faint line per pair, below its second image.
-        tile_pixels: see `contact_sheet`.
-        title: a line or two above the grid.
-
-    Returns:
-        An RGB picture.
-
-    Raises:
-        UserError: see `contact_sheet`; or notes of another number than pairs.
-    """
-    if notes is not None and len(notes) != len(pairs):
-        raise UserError(f"{len(notes)} notes for {len(pairs)} pairs, expected one note per pair")
-    tiles = []
-    for place, (before, after) in enumerate(pairs):
-        tiles.append(Tile(before, labels[0]))
-        tiles.append(Tile(after, labels[1], "" if notes is None else notes[place]))
-    return contact_sheet(tiles, columns=4 if len(pairs) >= 8 else 2, tile_pixels=tile_pixels, title=title)
 
 
 def wrap(text: str, width_pixels: int, font: Font, *, max_lines: int) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dvae.model import DiscreteVAE
 from dvae.model import load as load_vae
+from dvae.pixels import to_uint8
 from sampling.bf16_weights import use_bf16_weights
 from sampling.decode import Sampled, SamplingSettings, Step, rows_that_fit, sample_codes
 from sampling.generated_image import GeneratedImage, ScorerName
@@ -44,6 +45,11 @@ class _Job(NamedTuple):
 
     prompt: str
     seed: int
+
+
+def drawn_size(prior: Prior, vae: DiscreteVAE) -> tuple[int, int]:
+    """(height, width) in pixels of the images that a dVAE makes of a prior's codes."""
+    return prior.layout.grid_height * vae.downsampling, prior.layout.grid_width * vae.downsampling
 
 
 class Pipeline:
@@ -102,6 +108,10 @@ class Pipeline:
         chosen_precision = resolve_precision(precision, chosen_device)
         folder = ModelFolder.open(Path(path))
         prior = load_prior(folder, device=chosen_device)
+        vae = load_vae(folder, device=chosen_device)
+        scorer = None
+        if folder.has("scorer"):  # one that cannot read what the prior draws would show it only after the drawing
+            scorer = load_scorer(folder, device=chosen_device, image_size=drawn_size(prior, vae))
         if chosen_precision.name == "bf16":
             use_bf16_weights(prior)
         defaults = folder.sampling_defaults()
@@ -112,9 +122,9 @@ class Pipeline:
             )
         return cls(
             prior=prior,
-            vae=load_vae(folder, device=chosen_device),
+            vae=vae,
             tokenizer=TextTokenizer(folder.tokenizer_proto()),
-            scorer=load_scorer(folder, device=chosen_device) if folder.has("scorer") else None,
+            scorer=scorer,
             settings=from_plain(SamplingSettings, defaults, source=f"{folder.path}: sampling defaults"),
             default_scorer=default_scorer,
             model_sha256=folder.sha256,
@@ -203,7 +213,7 @@ class Pipeline:
         for part in grids.split(_AT_ONCE):
             with autocast(self.precision, self.device):
                 pixels = self.vae.decode(part.to(self.device))
-            images.append((pixels.float() * 255).round().to(torch.uint8).cpu())
+            images.append(to_uint8(pixels).permute(0, 3, 1, 2).contiguous().cpu())
         return torch.cat(images)
 
     def _run(

@@ -3,7 +3,6 @@
 tessera rerank my-model "a red star left of a blue ring" *.png
 """
 
-import argparse
 import json
 import math
 import sys
@@ -15,14 +14,16 @@ import torch
 from torch import Tensor
 
 from dvae.model import load as load_vae
-from sampling.arguments import SCORER_CHOICES, OneLineParser, add_device_argument
+from sampling.arguments import SCORER_CHOICES, add_device_argument
 from sampling.likelihood import likelihood_ratio
+from sampling.pipeline import drawn_size
 from scorer.api import Scorer, combine_ranks, rank
 from scorer.model import load as load_scorer
 from tessera.data.captions import clean_caption
 from tessera.data.images import ImageError, fit_to, open_image
 from tessera.errors import UserError, run_command
 from tessera.model_folder import ModelFolder
+from tessera.one_line_parser import OneLineParser
 from tessera.precision import resolve_device
 from tessera.text_tokenizer import TextTokenizer
 from transformer.model import load as load_prior
@@ -54,7 +55,7 @@ class ImageRanker:
         device: where to compute.
 
     Raises:
-        UserError: a part that the scorer needs is missing.
+        UserError: a part that the scorer needs is missing, or two of them are for images of different sizes.
     """
 
     def __init__(self, folder: ModelFolder, *, scorer: str = "auto", device: torch.device | str = "cpu") -> None:
@@ -65,15 +66,15 @@ class ImageRanker:
         self.scorer_name = scorer
         self.device = torch.device(device)
         self.tokenizer = TextTokenizer(folder.tokenizer_proto())
-        self.scorer: Scorer | None = load_scorer(folder, device=device) if scorer in ("clip", "combined") else None
         self.prior = load_prior(folder, device=device) if scorer in ("likelihood", "combined") else None
         self.vae = load_vae(folder, device=device) if self.prior is not None else None
         if self.prior is not None and self.vae is not None:
-            layout, side = self.prior.layout, self.vae.downsampling
-            self.image_size = (layout.grid_height * side, layout.grid_width * side)
-        else:
-            height, width = folder.config("scorer")["image_size"]
-            self.image_size = (int(height), int(width))
+            self.image_size = drawn_size(self.prior, self.vae)
+        self.scorer: Scorer | None = None
+        if scorer in ("clip", "combined"):
+            trained = load_scorer(folder, device=device, image_size=self.image_size if scorer == "combined" else None)
+            self.image_size = trained.model.config.image_size
+            self.scorer = trained
 
     @torch.inference_mode()
     def score(self, images: Tensor, caption: str) -> dict[str, Tensor]:
@@ -151,7 +152,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="tessera rerank",
         description="Order images by how well they fit a caption, best first. Unreadable files are named and skipped.",

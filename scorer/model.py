@@ -461,15 +461,29 @@ class TrainedScorer:
         return without_common_pads(ids, self.tokenizer.vocab_size).to(self._device)
 
 
-def load(folder: ModelFolder, *, device: torch.device | str = "cpu") -> TrainedScorer:
+def load(
+    folder: ModelFolder, *, device: torch.device | str = "cpu", image_size: tuple[int, int] | None = None
+) -> TrainedScorer:
     """The frozen scorer of a model folder, in evaluation mode.
 
+    Args:
+        folder: with a part "scorer".
+        device: where it will compute.
+        image_size: (height, width) in pixels of the images that the folder's prior draws, where they are what it will
+            read; None for images that are made to fit it.
+
     Raises:
-        UserError: if the folder has no scorer.
+        UserError: if the folder has no scorer, or one for images of another size.
     """
     if not folder.has("scorer"):
         raise UserError(f"{folder.path} has no scorer part: train one with `tessera train-scorer` or `tessera fit`")
     config = from_plain(ClipScorerConfig, folder.config("scorer"), source=f"{folder.path}/scorer/config.yaml")
+    if image_size is not None and config.image_size != image_size:
+        expected, got = ("x".join(map(str, size)) for size in (image_size, config.image_size))
+        raise UserError(
+            f"{folder.path}: the scorer must read images of {expected} pixels, as the prior draws them, "
+            f"but was trained on {got}: train it again with `tessera train-scorer`, data.image_size of {expected}"
+        )
     model = ClipScorer(config)
     model.load_state_dict(folder.tensors("scorer"))
     return TrainedScorer(model.requires_grad_(False).to(device), TextTokenizer(folder.tokenizer_proto()))

@@ -1,6 +1,5 @@
 """`tessera info PATH`: what is in a model folder, or how far a run folder has come."""
 
-import argparse
 import json
 import math
 import sys
@@ -13,6 +12,7 @@ import safetensors
 from tessera.config import to_plain
 from tessera.errors import UserError, run_command
 from tessera.model_folder import FORMAT_VERSION, INDEX_FILE, PART_FILES, ModelFolder, short_sha256
+from tessera.one_line_parser import OneLineParser
 from tessera.plain_yaml import read_yaml
 from tessera.text_tokenizer import TextTokenizer
 from tessera.training.metrics import METRICS_DIR, read_metrics
@@ -21,7 +21,7 @@ from tessera.training.stage import CONFIG_FILE, RESULT_FILE
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a description of a model folder or of a run folder, as text or as JSON."""
-    parser = argparse.ArgumentParser(prog="tessera info", description="Describes a model folder or a run folder.")
+    parser = OneLineParser(prog="tessera info", description="Describes a model folder or a run folder.")
     parser.add_argument("path", type=Path, help="a model folder or a stage's run folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of text")
     arguments = parser.parse_args(argv)

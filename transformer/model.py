@@ -17,6 +17,7 @@ from tessera.errors import UserError
 from tessera.model_folder import ModelFolder
 from transformer.attention import attend
 from transformer.cache import KVCache
+from transformer.code_table import CodeTable
 from transformer.masks import AttentionMask, MaskKind, layer_kinds
 
 # B batch, T text positions, I image positions, N = T + I, C width, H heads, D head width, V text ids, K codebook size.
@@ -41,11 +42,18 @@ class SequenceLayout:
     """pieces of the text tokenizer, without the pad ids"""
     codebook_size: int = 1024
     """K, codes of the dVAE"""
+    codebook_levels: tuple[int, ...] = ()
+    """values of each digit of a code, least significant first; empty for a codebook without digits"""
 
     def __post_init__(self) -> None:
         for name in ("text_len", "grid_height", "grid_width", "text_vocab_size", "codebook_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"layout.{name} must be at least 1; got {getattr(self, name)}")
+        if self.codebook_levels and math.prod(self.codebook_levels) != self.codebook_size:
+            raise UserError(
+                f"the product of layout.codebook_levels must be layout.codebook_size; "
+                f"got {self.codebook_levels} and {self.codebook_size}"
+            )
 
     @property
     def image_len(self) -> int:
@@ -238,13 +246,13 @@ class Prior(nn.Module):
         self.config = config
         self.layout = layout = config.layout
         self.text_embedding = nn.Embedding(layout.num_text_ids, config.dim)
-        self.image_embedding = nn.Embedding(layout.codebook_size, config.dim)
+        self.image_embedding = CodeTable(layout.codebook_size, layout.codebook_levels, config.dim)
         self.row_embedding = nn.Parameter(torch.zeros(layout.grid_height, config.dim))
         self.column_embedding = nn.Parameter(torch.zeros(layout.grid_width, config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = Norm(config.dim)
         self.text_head = nn.Linear(config.dim, layout.num_text_ids, bias=False)
-        self.image_head = nn.Linear(config.dim, layout.codebook_size, bias=False)
+        self.image_head = CodeTable(layout.codebook_size, layout.codebook_levels, config.dim)
         self.kinds = layer_kinds(config.attention, config.depth)
         for kind in set(self.kinds):
             mask = AttentionMask(
@@ -274,7 +282,7 @@ class Prior(nn.Module):
         ==========================================  =======================================
         """
         nn.init.normal_(self.text_embedding.weight)
-        nn.init.normal_(self.image_embedding.weight)
+        self.image_embedding.init_weights(std=1)
         for block in self.blocks:
             assert isinstance(block, Block)
             for linear in (block.attention.query_key_value, block.mlp.gate_up):
@@ -284,7 +292,7 @@ class Prior(nn.Module):
             for gain in (block.attention.query_gain, block.attention.key_gain):
                 nn.init.constant_(gain, (MAX_SCORE / len(gain) ** 0.5) ** 0.5)
         nn.init.zeros_(self.text_head.weight)
-        nn.init.zeros_(self.image_head.weight)
+        self.image_head.init_weights(std=0)
 
     def forward(self, text_ids: Tensor, image_codes: Tensor) -> PriorOutput:
         """Teacher-forced logits for text ids int64 [B, T] and image codes int64 [B, I].
@@ -300,12 +308,12 @@ class Prior(nn.Module):
         x = torch.cat([self.text_embedding(text_ids), self._embed_codes(image_codes[:, :-1], 0)], dim=1)
         x = self._run_blocks(x, start=0, cache=None)  # [B, N - 1, C]
         text_logits = self.text_head(x[:, : layout.text_len - 1])
-        image_logits = self.image_head(x[:, layout.text_len - 1 :])
+        image_logits = self.image_head.logits(x[:, layout.text_len - 1 :])
         return PriorOutput(text_logits, image_logits)
 
     def new_cache(self, batch_size: int, *, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch_size` rows, in the weights' dtype unless another is given."""
-        weight = self.image_head.weight
+        weight = self.text_embedding.weight
         return KVCache.empty(
             layers=self.config.depth,
             batch_size=batch_size,
@@ -321,7 +329,7 @@ class Prior(nn.Module):
         """Feeds all text ids int64 [B, T]; returns the float32 [B, K] logits of image code 0."""
         self._check("text_ids", text_ids, self.layout.text_len)
         x = self._run_blocks(self.text_embedding(text_ids), start=0, cache=cache)
-        return self.image_head(x[:, -1]).float()
+        return self.image_head.logits(x[:, -1]).float()
 
     @torch.no_grad()
     def decode(self, codes: Tensor, position: int, cache: KVCache) -> Tensor:
@@ -336,7 +344,7 @@ class Prior(nn.Module):
             raise ValueError(f"position must lie in [0, {self.layout.image_len - 1}); got {position}")
         x = self._embed_codes(codes[:, None], position)
         x = self._run_blocks(x, start=self.layout.text_len + position, cache=cache)
-        return self.image_head(x[:, -1]).float()
+        return self.image_head.logits(x[:, -1]).float()
 
     def null_text_ids(self) -> Tensor:
         """The ids of the empty caption, int64 [T]: the pad of every position."""
@@ -348,7 +356,9 @@ class Prior(nn.Module):
         place = torch.arange(first, first + codes.shape[1], device=codes.device)
         width = self.layout.grid_width
         where = self.row_embedding[place // width] + self.column_embedding[place % width]  # [n, C]
-        return self.image_embedding(codes) + where
+        # a sum of as many unit vectors, back at unit size like a text embedding
+        scale = (1 + len(self.layout.codebook_levels)) ** -0.5
+        return self.image_embedding(codes) * scale + where
 
     def _run_blocks(self, x: Tensor, *, start: int, cache: KVCache | None) -> Tensor:
         end = start + x.shape[1]

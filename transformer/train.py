@@ -180,6 +180,7 @@ def layout_of(shards: TokenShards, tokenizer: TextTokenizer) -> SequenceLayout:
         grid_width=index.grid_width,
         text_vocab_size=tokenizer.vocab_size,
         codebook_size=index.codebook_size,
+        codebook_levels=index.codebook_levels,
     )
 
 

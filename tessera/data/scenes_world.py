@@ -56,17 +56,17 @@ SEEN_PAIRS = tuple(
 )
 """The other 40 of the 48 (shape, color) pairs."""
 
-RADII = MappingProxyType({"small": 0.133, "large": 0.174})
+RADII = MappingProxyType({"small": 0.147, "large": 0.19})
 """Size -> radius of the circle around an object, in fractions of the shorter side."""
 
-LATTICE = 8
-"""Centers lie on a lattice of so many steps per shorter side, counted from the middle of the picture: places vary, yet
-a discrete tokenizer meets every local pattern often enough to learn it from a few thousand pictures."""
+LATTICE = 64
+"""Centers lie on a lattice of so many steps per shorter side, counted from the middle of the picture: on whole
+pixels of a picture of 64, where a shape then looks the same wherever it stands."""
 
-SIZE_THRESHOLD = 0.152
+SIZE_THRESHOLD = 0.167
 """A radius below is small, from here on large: the middle between the two radii, as a ratio."""
 
-CLEARANCE = 0.04
+CLEARANCE = 0.025
 """Least distance between the circles around two objects, and between such a circle and the border."""
 
 MAX_COUNT = 4

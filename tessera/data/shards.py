@@ -30,6 +30,7 @@ class ShardIndex:
     grid_height: int
     grid_width: int
     codebook_size: int
+    codebook_levels: tuple[int, ...] = ()
     image_height: int
     image_width: int
     corpus_name: str
@@ -60,7 +61,8 @@ class TokenShards:
                 f"{path} has format version {fields.get('format_version')}; this version reads {FORMAT_VERSION}: "
                 f"encode again with `tessera encode`"
             )
-        self.index = ShardIndex(**fields)
+        levels = tuple(fields.pop("codebook_levels", ()))
+        self.index = ShardIndex(**fields, codebook_levels=levels)
         tokens = self.index.grid_height * self.index.grid_width
         expected = self.index.num_samples * tokens * 2
         codes_path = directory / "codes.u16"

@@ -70,8 +70,8 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> "MuonAdamW":
     """Muon for the weights of hidden linear and convolution layers of `module`, AdamW for the rest.
 
     A layer is hidden unless its name ends in "head" or "stem", the module's ends toward data, where rows are classes or
-    pixels and not directions of one space. Embedding tables learn `embedding_rate` times as fast: a row starts at unit
-    size and gets a gradient only when its token occurs.
+    pixels and not directions of one space. Embedding tables, unless they are part of a head, learn `embedding_rate`
+    times as fast: a row starts at unit size and gets a gradient only when its token occurs.
     """
     hidden: list[nn.Parameter] = []
     for name, layer in module.named_modules():
@@ -79,7 +79,11 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> "MuonAdamW":
             hidden.append(cast(nn.Parameter, layer.weight))
     hidden = [weight for weight in hidden if weight.requires_grad]
     hidden_ids = {id(weight) for weight in hidden}
-    tables = [cast(nn.Parameter, layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)]
+    tables = [
+        cast(nn.Parameter, layer.weight)
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Embedding) and not any(part.endswith("head") for part in name.split("."))
+    ]
     tables = [weight for weight in tables if weight.requires_grad]
     elsewhere = hidden_ids | {id(weight) for weight in tables}
     rest = [weight for weight in module.parameters() if weight.requires_grad and id(weight) not in elsewhere]

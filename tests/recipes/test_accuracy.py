@@ -7,14 +7,11 @@ from recipes import accuracy
 from recipes.accuracy import (
     Judged,
     best,
-    decode_grids,
-    encode_images,
     fresh_scenes,
     interleaved_prompts,
     judge,
     judge_prompts,
     oracle,
-    reconstruct,
     single,
     tally,
 )
@@ -73,13 +70,3 @@ def test_each_prompt_gets_its_candidates_with_the_pick_first(pipeline: Pipeline)
 def test_the_deadline_ends_the_judging_between_prompts(pipeline: Pipeline) -> None:
     judged = judge_prompts(pipeline, interleaved_prompts(40, seed=0), candidates=1, seed=0, deadline=0.0)
     assert 0 < len(judged) < 80
-
-
-def test_reconstructing_is_encoding_and_decoding(pipeline: Pipeline) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    codes = encode_images(pipeline.vae, images, precision=pipeline.precision)
-    assert codes.shape == (3, 2, 2)
-    remade = reconstruct(pipeline.vae, images, precision=pipeline.precision)
-    assert remade.shape == images.shape and remade.dtype == np.uint8
-    again = decode_grids(pipeline.vae, codes.astype(np.uint16), precision=pipeline.precision)
-    np.testing.assert_array_equal(again, remade)

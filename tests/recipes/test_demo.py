@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from recipes.accuracy import TUNING_SEED
 from recipes.demo import affordable_prompts, main
 from tessera.data.scenes import PROMPT_CLASSES
 from tessera.errors import run_command
@@ -48,8 +49,24 @@ def test_a_small_budget_prepares_fewer_prompts_but_one_of_each_class() -> None:
 
 
 @pytest.mark.parametrize(
-    "argv, message", [(["--prompts", "2"], "--prompts must be at least 6"), (["--minutes", "-1"], "must be positive")]
+    "argv, message",
+    [
+        (["--prompts", "2"], "--prompts must be at least 6"),
+        (["--minutes", "-1"], "must be positive"),
+        (["--minutes", "inf"], "must be positive and finite, got inf"),
+        (["--seed", str(TUNING_SEED)], "take another"),
+    ],
 )
-def test_mistakes_are_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line_and_cost_no_earlier_demo(
+    argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert run_command(main, argv) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir()), "nothing is begun"
+    report = tmp_path / "out" / "demo" / "report.json"
+    report.parent.mkdir(parents=True)
+    report.touch()
+    assert run_command(main, [*argv, "--fresh"]) == 2
+    assert report.exists()

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,16 @@ def test_a_folder_is_measured_without_a_parser(scenes_model: Path, image_folder:
     figures = json.loads(file.read_text())
     assert "accuracy" not in figures
     assert figures["images"] >= 1
+
+
+def test_a_folder_that_happens_to_be_called_scenes_is_an_ordinary_corpus(
+    scenes_model: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    folder, file = tmp_path / "my" / "scenes", tmp_path / "r.json"
+    shutil.copytree(image_folder, folder)
+    assert main([str(scenes_model), str(folder), "--json", str(file), "--device", "cpu"]) == 0
+    figures = json.loads(file.read_text())
+    assert figures["corpus"] == "scenes" and "accuracy" not in figures
 
 
 @pytest.mark.parametrize(

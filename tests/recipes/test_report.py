@@ -10,7 +10,7 @@ import pytest
 from recipes.accuracy import Judged
 from recipes.evaluate import accuracy_tables
 from recipes.plan import Plan
-from recipes.report import chosen_prompts, code_map, data_url, render_report
+from recipes.report import chosen_prompts, render_report
 from recipes.tune import Trial
 from sampling.decode import SamplingSettings
 from sampling.pipeline import GeneratedImage
@@ -121,13 +121,3 @@ def test_prompts_of_every_class_and_split_are_shown_good_or_bad(judged: list[Jud
     shown = chosen_prompts(judged)
     assert len(shown) == 24
     assert sum(result.pairs == "unseen" for result in shown) == 12
-
-
-def test_a_code_map_gives_the_same_color_to_the_same_code() -> None:
-    colors = code_map(np.array([[3, 4], [4, 3]]))
-    assert colors.dtype == np.uint8
-    side = colors.shape[0] // 2
-    tiles = [colors[:side, :side], colors[:side, side:], colors[side:, :side], colors[side:, side:]]
-    assert (tiles[0] == tiles[3]).all() and (tiles[1] == tiles[2]).all()
-    assert (tiles[0] != tiles[1]).any()
-    assert data_url(colors).startswith("data:image/png;base64,")

@@ -17,7 +17,9 @@ from transformer.model import Prior, PriorConfig, SequenceLayout
 CAPTIONS = ["a red star", "a blue ring left of a green cross", "two small yellow circles on black"]
 
 
-def write_random_model(folder: Path, *, with_scorer: bool = True) -> Path:
+def write_random_model(
+    folder: Path, *, with_scorer: bool = True, scorer_image_size: tuple[int, int] = (16, 24)
+) -> Path:
     """Write a model for 16x24 pixel images: 4x6 codes of a codebook of 15."""
     tokenizer = TextTokenizer.train(CAPTIONS, vocab_size=300)
     vae = DiscreteVAE(DiscreteVAEConfig(levels=(5, 3), patch_size=4, widths=(8,), blocks=(1,)))
@@ -37,7 +39,7 @@ def write_random_model(folder: Path, *, with_scorer: bool = True) -> Path:
     write_sampling_defaults(folder, {"temperature": 0.9, "guidance": 2.0})
     if with_scorer:
         config = ClipScorerConfig(
-            image_size=(16, 24),
+            image_size=scorer_image_size,
             text_len=8,
             text_vocab_size=tokenizer.vocab_size,
             stem_width=8,
@@ -70,6 +72,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model_without_scorer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_model(tmp_path_factory.mktemp("models") / "plain", with_scorer=False)
+
+
+@pytest.fixture(scope="session")
+def model_with_another_scorer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its scorer was trained on 32x32 pixels."""
+    return write_random_model(tmp_path_factory.mktemp("models") / "unlike", scorer_image_size=(32, 32))
 
 
 @pytest.fixture(scope="session")

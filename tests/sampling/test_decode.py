@@ -253,7 +253,7 @@ def test_bf16_weights_keep_the_rest_in_fp32_and_stay_close() -> None:
     codes = sample(prior, texts, SamplingSettings()).codes
     expected = prior(texts, codes).image_logits
     use_bf16_weights(prior)
-    assert prior.image_head.weight.dtype == torch.bfloat16
+    assert prior.text_head.weight.dtype == torch.bfloat16
     assert prior.text_embedding.weight.dtype == torch.float32
     actual = prior(texts, codes).image_logits
     assert actual.dtype == torch.float32

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from sampling.pictures import GAP_PIXELS, MARGIN_PIXELS, Tile, before_after_sheet, contact_sheet, wrap
+from sampling.pictures import GAP_PIXELS, MARGIN_PIXELS, Tile, contact_sheet, wrap
 from tessera.errors import UserError
 
 
@@ -63,12 +63,6 @@ def test_text_beyond_the_last_line_ends_in_an_ellipsis_that_fits() -> None:
     assert len(lines) == 3 and lines[-1].endswith("...") and font.getlength(lines[-1]) <= 100
 
 
-def test_before_stands_left_of_after() -> None:
-    sheet = before_after_sheet([(colored(10), colored(60))], notes=["31 dB"], tile_pixels=24)
-    before, after = places(sheet, 10), places(sheet, 60)
-    assert before[0] == after[0] and before[1] < after[1]
-
-
 def test_what_cannot_be_laid_out_is_refused() -> None:
     with pytest.raises(UserError, match="at least one image"):
         contact_sheet([])
@@ -78,5 +72,3 @@ def test_what_cannot_be_laid_out_is_refused() -> None:
         contact_sheet([Tile(np.zeros((4, 4, 3), dtype=np.float32))])
     with pytest.raises(UserError, match="take fewer images"):
         contact_sheet([Tile(colored(1))] * 200, columns=1)
-    with pytest.raises(UserError, match="2 notes for 1 pairs"):
-        before_after_sheet([(colored(1), colored(2))], notes=["a", "b"])

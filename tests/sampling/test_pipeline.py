@@ -207,6 +207,13 @@ def test_a_folder_without_a_prior_names_what_to_train(tmp_path: Path) -> None:
         Pipeline.load(tmp_path, device="cpu")
 
 
+def test_a_scorer_for_images_of_another_size_is_refused_before_anything_is_drawn(
+    model_with_another_scorer: Path,
+) -> None:
+    with pytest.raises(UserError, match=r"must read images of 16x24 pixels, .* was trained on 32x32: train it again"):
+        Pipeline.load(model_with_another_scorer, device="cpu", precision="fp32")
+
+
 def test_bf16_gives_images_too(model_folder: Path) -> None:
     images = Pipeline.load(model_folder, device="cpu", precision="bf16")("a red star", n=2)
     assert [image.precision for image in images] == ["bf16", "bf16"]

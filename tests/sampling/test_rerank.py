@@ -126,6 +126,18 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert all(line.startswith("skipped") for line in skipped)
 
 
+def test_a_scorer_for_another_size_than_the_prior_ranks_alone_but_not_with_it(
+    model_with_another_scorer: Path, images: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [str(model_with_another_scorer), "a red star", *images, "--json"]
+    assert main([*argv, "--scorer", "clip"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    assert run_command(main, [*argv, "--scorer", "combined"]) == 2
+    output = capsys.readouterr()
+    assert "images of 16x24 pixels" in output.err and "trained on 32x32" in output.err
+    assert output.err.count("\n") == 1 and not output.out
+
+
 def test_a_model_without_scorer_ranks_by_likelihood(
     model_without_scorer: Path, images: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -169,6 +169,16 @@ def test_exported_scorer_loads_with_equal_scores(scorer: TrainedScorer, tmp_path
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
 
 
+def test_a_folder_with_a_scorer_for_images_of_another_size_is_refused(scorer: TrainedScorer, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, scorer.tokenizer.proto)
+    model = scorer.model
+    write_part(tmp_path, "scorer", config=to_plain(model.config), tensors=model.state_dict())
+    folder = ModelFolder.open(tmp_path)
+    assert load(folder, image_size=(24, 32)).model.config == model.config
+    with pytest.raises(UserError, match="must read images of 32x32 pixels, .* was trained on 24x32"):
+        load(folder, image_size=(32, 32))
+
+
 def test_folder_without_scorer_is_refused(tokenizer: TextTokenizer, tmp_path: Path) -> None:
     write_tokenizer(tmp_path, tokenizer.proto)
     with pytest.raises(UserError, match="train-scorer"):

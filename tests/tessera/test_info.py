@@ -91,3 +91,12 @@ def test_a_damaged_model_is_one_line(model, capsys):
 def test_neither_model_nor_run(tmp_path, capsys):
     assert tessera_main(["info", str(tmp_path)]) == 2
     assert "is not a model folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, message", [([], "required: path"), (["a", "b"], "unrecognized arguments: b"), (["a", "--yaml"], "--yaml")]
+)
+def test_a_wrong_command_line_is_one_line(argv, message, capsys):
+    assert tessera_main(["info", *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "see `tessera info --help`" in error and error.count("\n") == 1

