@@ -15,7 +15,7 @@ from tessera.data.config import DataConfig
 from tessera.training.optim import OptimizerConfig
 from tessera.training.run import TrainerConfig
 
-CLAIM = "fsq reconstructs better than gumbel and uses the whole codebook, at equal steps on a small budget"
+CLAIM = "fsq reconstructs better than gumbel and uses more of the codebook, at equal steps on a small budget"
 _FSQ = DiscreteVAEConfig(widths=(64, 128), blocks=(1, 3), levels=(8, 5, 5, 5))
 _MODELS = {"fsq": _FSQ, "gumbel": replace(_FSQ, quantizer="gumbel", codebook_size=1000, embedding_dim=64)}
 

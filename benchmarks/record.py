@@ -36,7 +36,8 @@ class Row(NamedTuple):
 
 def write_results(path: Path, *, claim: str, rows: Sequence[Row]) -> None:
     """Writes one JSON object and prints its rows."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # a changed tree says so
+    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
     result = {
         "claim": claim,
         "device": describe_hardware(),

@@ -134,6 +134,8 @@ def _parser() -> OneLineParser:
 def main(argv: Sequence[str]) -> int:
     """The command."""
     arguments = _parser().parse_args(argv)
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise UserError(f"--out {arguments.out} is a file, expected a folder")
     folder = ModelFolder.open(arguments.model, parts=["dvae"])
     device = resolve_device(arguments.device)
     vae, precision = load(folder, device=device), resolve_precision("auto", device)

@@ -20,6 +20,7 @@ from recipes.fit import Fitted, example_prompt, fit, say
 from recipes.ledger import Ledger
 from recipes.plan import STAGES, evaluation_seconds_per_image
 from recipes.plan_table import clock
+from recipes.planning import check_settings
 from recipes.report import render_report
 from recipes.run_folder import Request, RunFolder, start_over
 from tessera.atomic_write import atomic_write
@@ -192,7 +193,7 @@ def main(argv: Sequence[str]) -> int:
     }
     request = replace(known, **{name: value for name, value in given.items() if value is not None})
     refuse_tuning_seed(request.seed)
-    # Only now is all of the command line known to be right: a slip in it must not cost the earlier demo.
+    check_settings(request)  # a slip in the command line must not cost the earlier demo
     if arguments.fresh:
         start_over(out / "model", out / "run")
         for name in ("report.html", "report.json"):

@@ -24,7 +24,7 @@ from recipes.card import model_card
 from recipes.ledger import Ledger
 from recipes.plan import STAGES, DataFacts, Plan, placed, seconds_for
 from recipes.plan_table import clock, plan_lines
-from recipes.planning import BUILT_IN, Say, make_plan, open_training_split
+from recipes.planning import BUILT_IN, Say, check_settings, make_plan, open_training_split
 from recipes.run_folder import (
     DATA_FOLDER,
     DEFAULT_MINUTES,
@@ -48,7 +48,6 @@ from transformer.train import train as train_prior
 
 # Reconstructions of all training images are held in memory while the scorer trains; without them it still learns.
 _MOST_RECONSTRUCTION_BYTES = 2**31
-_MOST_TUNING_SECONDS = 60.0  # more trials would measure the same noise
 
 
 class Fitted(NamedTuple):
@@ -165,8 +164,7 @@ def _run_stages(plan: Plan, request: Request, ledger: Ledger, run: RunFolder, ou
     if tuned is None:
         announce("tuning the sampling settings")
         with ledger.phase("tuning"):
-            seconds = min(_MOST_TUNING_SECONDS, seconds_for("tuning", left()))
-            tuned = tune(out, plan.data, seconds=seconds, device=request.device)
+            tuned = tune(out, plan.data, seconds=seconds_for("tuning", left()), device=request.device)
             write_sampling_defaults(out, tuned.settings)
             run.write_tuning(tuned)
         say(f"           {', '.join(f'{name} {value:g}' for name, value in tuned.settings.items())}")
@@ -260,6 +258,7 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(plan_lines(plan, facts, machine)))
         return 0
     if arguments.fresh:
+        check_settings(request)
         start_over(out, run_dir)
     try:
         fitted = fit(request, out=out, run_dir=run_dir, started=started, say=say)

@@ -39,6 +39,7 @@ _GIB = 2**30
 _PROCESS_GIB = 1.2  # Python with torch and lightning
 # Judging a model takes so long before the first image is drawn, and at most this share of the budget in all.
 _EVALUATION_START_SECONDS = 20.0
+_MOST_TUNING_SECONDS = 60.0  # more trials would measure the same noise
 _MOST_EVALUATION = 0.25
 _PARSER_SECONDS = 0.002
 _GUIDED = 1.7  # twice the rows, in forwards as full as without
@@ -177,8 +178,9 @@ def estimate_text_len(captions: Sequence[str]) -> int:
 
 
 def stage_seconds(training_seconds: float) -> dict[str, float]:
-    """How a training budget is shared among the stages, in seconds."""
-    return {name: share * training_seconds for name, share in _SHARES.items()}
+    """How a training budget is shared among the stages, in seconds; what long tuning would take is left unspent."""
+    seconds = {name: share * training_seconds for name, share in _SHARES.items()}
+    return {**seconds, "tuning": min(seconds["tuning"], _MOST_TUNING_SECONDS)}
 
 
 def seconds_for(stage: str, seconds_left: float) -> float:
@@ -188,7 +190,8 @@ def seconds_for(stage: str, seconds_left: float) -> float:
     """
     shares = list(_SHARES.items())[STAGES.index(stage) :]
     slack = 1 - sum(_SHARES.values())
-    return max(1.0, seconds_left * _SHARES[stage] / (sum(share for _, share in shares) + slack))
+    seconds = max(1.0, seconds_left * _SHARES[stage] / (sum(share for _, share in shares) + slack))
+    return min(seconds, _MOST_TUNING_SECONDS) if stage == "tuning" else seconds
 
 
 def draft(data: DataConfig, facts: DataFacts, machine: Machine, *, minutes: float, device: str, seed: int) -> Plan:

@@ -17,6 +17,7 @@ from tessera.data.corpus import Corpus
 from tessera.data.manifest import ingest
 from tessera.errors import UserError
 from tessera.plain_yaml import write_yaml
+from tessera.precision import resolve_device
 
 BUILT_IN = ("scenes", "emoji")
 # Measuring the machine and its speed takes at most this share of the budget, and at most so many seconds.
@@ -64,6 +65,12 @@ def data_facts(corpus: Corpus) -> DataFacts:
         image_size=corpus.image_size,
         text_len=estimate_text_len(captions),
     )
+
+
+def check_settings(request: Request) -> None:
+    """Raises UserError for a device or key=value settings that no plan could be made with."""
+    resolve_device(request.device)
+    overridden(Plan(minutes=request.minutes), request.overrides)
 
 
 def overridden(plan: Plan, overrides: Sequence[str]) -> Plan:

@@ -24,7 +24,7 @@ from tessera.config import to_plain
 from tessera.errors import UserError
 from tessera.plain_yaml import dump_yaml, read_yaml, write_yaml
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PART_NAMES = ("dvae", "prior", "scorer")
 INDEX_FILE = "tessera.yaml"
 TOKENIZER_FILE = "tokenizer.model"
@@ -269,7 +269,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise UserError(
             f"{path / INDEX_FILE}: format version {version!r} is unknown, this tessera ({tessera.__version__}) reads "
-            f"version {FORMAT_VERSION}; a newer tessera may read it"
+            f"version {FORMAT_VERSION}: train an older model again; a newer tessera may read a newer one"
         )
     index: dict[str, Any] = {"parts": {}, "sampling": {}}
     try:

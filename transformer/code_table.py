@@ -3,7 +3,7 @@
 The codes of a scalar-quantized codebook are numbers with one digit per latent channel (Mentzer et al. 2024, "Finite
 scalar quantization", section 3). Codes that share a digit look alike in that respect, and most combinations of digits
 are rare: a vector per digit learns from all of them, and a vector of the code's own holds what is left. On scenes this
-lowered the image loss from 0.82 to 0.75 nats per token at equal steps, at no measurable cost.
+lowered the image loss from 0.82 to 0.75 nats per token at equal steps; with 1,000 codes that costs nothing measurable.
 """
 
 import math

@@ -76,7 +76,7 @@ __all__ = [
     "scene_captions",
 ]
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same (seed, index) would give another picture or caption: results compare within a version."""
 
 CAPTIONS_PER_SCENE = 5

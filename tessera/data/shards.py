@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tessera.atomic_write import atomic_write
 from tessera.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_CODEBOOK_SIZE = 2**16
 _CAPTION_SEPARATOR = "\n"  # captions are one line each
 

@@ -90,6 +90,7 @@ def test_names_of_sheets_differ_whatever_the_images_are_called() -> None:
         (["{model}", "x.png", "--longest", "wide"], "invalid int value: 'wide'"),
         (["{model}", "x.png", "--colour"], "unrecognized arguments: --colour"),
         (["nowhere", "x.png"], "no such model folder"),
+        (["{model}", "x.png", "--out", __file__], "is a file, expected a folder"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(

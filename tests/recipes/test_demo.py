@@ -31,7 +31,8 @@ def test_the_demo_reports_and_is_reused(
             assert set(report["accuracy"][kind][pairs]) == {"all", *PROMPT_CLASSES}
     assert report["hardware"]["cores"] >= 1 and report["versions"]["tessera"]
     page = (out / "report.html").read_text()
-    assert "Tessera demo" in page and page.count("<svg") >= 3
+    assert "Tessera demo" in page
+    assert "<svg" in page  # how many curves have two points, the clock decides
     assert "Parser accuracy" in (out / "model" / "README.md").read_text()
     shown = capsys.readouterr().out
     assert "best of 16, unseen" in shown and str(out / "report.html") in shown
@@ -55,6 +56,8 @@ def test_a_small_budget_prepares_fewer_prompts_but_one_of_each_class() -> None:
         (["--minutes", "-1"], "must be positive"),
         (["--minutes", "inf"], "must be positive and finite, got inf"),
         (["--seed", str(TUNING_SEED)], "take another"),
+        (["prior.model.widht=3"], "widht"),
+        (["--device", "abacus"], "abacus"),
     ],
 )
 def test_mistakes_are_one_line_and_cost_no_earlier_demo(
