@@ -19,7 +19,9 @@ def test_the_demo_reports_and_is_reused(
     out = tmp_path / "demo"
     argv = ["--out", str(out), "--minutes", "0.2", "--prompts", "6", "--device", "cpu", "data.limit=60"]
     small_codebook = "dvae.model.levels=[5,3]"
-    assert run_command(main, [*argv, small_codebook, *tiny]) == 0
+    # a curve needs two points: on a busy machine the clock would end a stage after one step
+    unhurried = [f"{stage}.trainer.budget_seconds=60" for stage in ("dvae", "prior", "scorer")]
+    assert run_command(main, [*argv, small_codebook, *tiny, *unhurried]) == 0
     report = json.loads((out / "report.json").read_text())
     assert list(report["seconds"])[:5] == ["total", "dvae", "prior", "scorer", "sampling"]
     assert all(report["seconds"][name] > 0 for name in ("total", "dvae", "prior", "scorer", "sampling"))
@@ -31,8 +33,7 @@ def test_the_demo_reports_and_is_reused(
             assert set(report["accuracy"][kind][pairs]) == {"all", *PROMPT_CLASSES}
     assert report["hardware"]["cores"] >= 1 and report["versions"]["tessera"]
     page = (out / "report.html").read_text()
-    assert "Tessera demo" in page
-    assert "<svg" in page  # how many curves have two points, the clock decides
+    assert "Tessera demo" in page and page.count("<svg") >= 3
     assert "Parser accuracy" in (out / "model" / "README.md").read_text()
     shown = capsys.readouterr().out
     assert "best of 16, unseen" in shown and str(out / "report.html") in shown
