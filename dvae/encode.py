@@ -41,6 +41,8 @@ class EncodeConfig:
     """most pieces of a new text tokenizer; small corpora get fewer"""
     text_len: int | None = None
     """T, text positions; null takes what the longest of 999 in 1,000 captions needs, at most 256"""
+    bpe_dropout: float = 0.1
+    """chance, 0 to 1, that the prior's training skips a merge of the tokenizer: above 0, captions get room for it"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
 
@@ -65,7 +67,9 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
         tokenizer = TextTokenizer.train(texts, vocab_size=config.vocab_size)
         write_tokenizer(out, tokenizer.proto)
     lengths = caption_lengths(all_captions, tokenizer)
-    text_len = config.text_len or tokenizer.fitting_text_len(text for captions in all_captions for text in captions)
+    text_len = config.text_len or tokenizer.fitting_text_len(
+        (text for captions in all_captions for text in captions), dropout=config.bpe_dropout
+    )
     vae = load_vae(folder, device=resolve_device(config.device))
     index = _describe(config, folder, vae, corpus, tokenizer, text_len)
     if not _same(directory, index):

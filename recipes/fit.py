@@ -36,6 +36,7 @@ from recipes.run_folder import (
     start_over,
 )
 from recipes.tune import Tuned, tune
+from scorer.batches import Reconstruct
 from scorer.train import train as train_scorer
 from tessera.data.corpus import Corpus, load_images
 from tessera.data.shards import TokenShards
@@ -45,9 +46,6 @@ from tessera.one_line_parser import OneLineParser
 from tessera.precision import describe_hardware, resolve_device, resolve_precision, versions
 from tessera.training.run import TrainerConfig
 from transformer.train import train as train_prior
-
-# Reconstructions of all training images are held in memory while the scorer trains; without them it still learns.
-_MOST_RECONSTRUCTION_BYTES = 2**31
 
 
 class Fitted(NamedTuple):
@@ -155,9 +153,8 @@ def _run_stages(plan: Plan, request: Request, ledger: Ledger, run: RunFolder, ou
     say(f"           {result['steps']:,} steps, {loss:.3f} nats per image token")
     announce("training the scorer")
     with ledger.phase("scorer"):
-        reconstructions = _reconstructions(plan, out)
         trainer = with_budget("scorer", plan.scorer.trainer)
-        result = train_scorer(replace(plan.scorer, trainer=trainer), reconstructions=reconstructions)
+        result = train_scorer(replace(plan.scorer, trainer=trainer), reconstruct=_reconstruct(plan, out))
     found = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in result["metrics"].items())
     say(f"           {result['steps']:,} steps, right on held-out images: {found}")
     tuned = run.read_tuning()
@@ -171,15 +168,18 @@ def _run_stages(plan: Plan, request: Request, ledger: Ledger, run: RunFolder, ou
     return tuned
 
 
-def _reconstructions(plan: Plan, out: Path) -> NDArray[np.uint8] | None:
-    """The training images as the dVAE gives them back, uint8 [N, H, W, 3]: what the scorer will rank looks so."""
+def _reconstruct(plan: Plan, out: Path) -> Reconstruct:
+    """Gives training images as the dVAE reconstructs them: what the scorer will rank looks so."""
     shards = TokenShards(Path(plan.encode.shards))
     index = shards.index
-    if len(shards) * index.image_height * index.image_width * 3 > _MOST_RECONSTRUCTION_BYTES:
-        return None
     vae = load_vae(ModelFolder.open(out, parts=["dvae"]), device=resolve_device(plan.dvae.trainer.device))
-    grids = shards.codes.reshape(-1, index.grid_height, index.grid_width)  # [N, h, w]
-    return decode_grids(vae, grids, precision=resolve_precision("auto", next(vae.parameters()).device))
+    precision = resolve_precision("auto", next(vae.parameters()).device)
+
+    def reconstruct(rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        grids = shards.codes[rows].reshape(-1, index.grid_height, index.grid_width)  # [n, h, w]
+        return decode_grids(vae, grids, precision=precision)
+
+    return reconstruct
 
 
 def _write_card(plan: Plan, facts: DataFacts, corpus: Corpus, tuned: Tuned, ledger: Ledger, out: Path) -> None:

@@ -23,7 +23,7 @@ from transformer.train import TrainConfig as PriorTrainConfig
 STAGES = ("dvae", "encode", "prior", "scorer", "tuning")
 
 # Shares of the training budget. What is left over is slack for what no stage accounts for: imports, saving, the card.
-_SHARES = {"dvae": 0.20, "encode": 0.04, "prior": 0.58, "scorer": 0.10, "tuning": 0.05}
+_SHARES = {"dvae": 0.19, "encode": 0.04, "prior": 0.57, "scorer": 0.12, "tuning": 0.05}
 
 # Beyond so many passes a model only learns its images by heart; a few images still need some steps to be learned.
 _MOST_EPOCHS = 400
@@ -31,6 +31,7 @@ _LEAST_STEPS = 300
 # Steps end the schedule, seconds interrupt it: aiming higher than measured lets the clock decide on a machine that
 # speeds up, and costs nothing on one that slows down.
 STEP_HEADROOM = 1.3
+_VALIDATIONS = 6  # in as many steps
 # Measured products are the best case; a small model's step spends much of its time on everything else.
 _UTILIZATION = {"cpu": 0.4, "cuda": 0.3}
 _MOST_CODES = {"cpu": 256, "cuda": 1024}
@@ -264,7 +265,9 @@ def placed(plan: Plan, *, out: str, run_dir: str) -> Plan:
     return replace(
         plan,
         dvae=replace(plan.dvae, data=plan.data, out=out, run_dir=f"{run_dir}/dvae"),
-        encode=replace(plan.encode, data=plan.data, out=out, shards=f"{run_dir}/shards"),
+        encode=replace(
+            plan.encode, data=plan.data, out=out, shards=f"{run_dir}/shards", bpe_dropout=plan.prior.bpe_dropout
+        ),
         prior=replace(plan.prior, shards=f"{run_dir}/shards", out=out, run_dir=f"{run_dir}/prior"),
         scorer=replace(plan.scorer, data=plan.data, out=out, run_dir=f"{run_dir}/scorer"),
     )
@@ -313,7 +316,7 @@ def with_steps(trainer: TrainerConfig, num_images: int, step_seconds: float, sec
         max_steps=steps,
         budget_seconds=round(seconds, 1),
         log_every_steps=max(1, min(10, steps // 40)),
-        validate_every_steps=max(1, steps // 10),
+        validate_every_steps=max(1, steps // _VALIDATIONS),
     )
 
 

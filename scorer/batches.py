@@ -1,7 +1,7 @@
 """Training batches of the scorer: images, several captions of each, and which captions fit other images too."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,10 @@ from tessera.text_tokenizer import TextTokenizer
 
 # N pairs, H W pixels, B batch, G captions per image, T text positions, Q most captions of one image.
 
+# Rows int64 [n] of the training images to uint8 [n, H, W, 3], the same images as a dVAE gives them back. A function, so
+# that only those are decoded that a batch holds: few of a large corpus are ever seen.
+Reconstruct = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
+
 
 class CaptionedBatches:
     """A `BatchSource` over captioned images in memory; every choice follows from a key's seed.
@@ -23,7 +27,7 @@ class CaptionedBatches:
         tokenizer: splits captions.
         text_len: T, text positions.
         num_captions: G, captions per image and batch; an image with fewer repeats some.
-        reconstructions: uint8 [N, H, W, 3], the same images as a dVAE gives them back; None for none.
+        reconstruct: gives images as a dVAE reconstructs them; None for none.
         reconstruction_share: share of images, 0 to 1, that are replaced by their reconstructions.
     """
 
@@ -35,16 +39,14 @@ class CaptionedBatches:
         *,
         text_len: int,
         num_captions: int,
-        reconstructions: NDArray[np.uint8] | None = None,
+        reconstruct: Reconstruct | None = None,
         reconstruction_share: float = 0.0,
     ) -> None:
         if len(images) != len(captions):
             raise ValueError(f"one tuple of captions per image: got {len(images)} images and {len(captions)} tuples")
-        if reconstructions is not None and reconstructions.shape != images.shape:
-            raise ValueError(f"reconstructions must have shape {images.shape}; got {reconstructions.shape}")
         self.images, self.captions, self.tokenizer = images, captions, tokenizer
         self.text_len, self.num_captions = text_len, num_captions
-        self.reconstructions, self.reconstruction_share = reconstructions, reconstruction_share
+        self.reconstruct, self.reconstruction_share = reconstruct, reconstruction_share
         self.hashes = _caption_hashes(captions)  # int64 [N, Q]
 
     def __len__(self) -> int:
@@ -65,9 +67,12 @@ class CaptionedBatches:
         text_ids = self.tokenizer.encode_batch(texts, text_len=self.text_len)
         text_ids = without_common_pads(text_ids, self.tokenizer.vocab_size)
         images = self.images[rows]  # a copy
-        if self.reconstructions is not None:
-            replaced = mix(seeds, 2) / 2.0**64 < self.reconstruction_share
-            images[replaced] = self.reconstructions[rows[replaced]]
+        replaced = mix(seeds, 2) / 2.0**64 < self.reconstruction_share
+        if self.reconstruct is not None and replaced.any():
+            remade = self.reconstruct(rows[replaced])
+            if remade.shape != images[replaced].shape:
+                raise ValueError(f"reconstructions must have shape {images[replaced].shape}; got {remade.shape}")
+            images[replaced] = remade
         first = self.hashes[rows, [places[0] for places in chosen]]  # [B]
         fits = (self.hashes[rows][:, None, :] == first[None, :, None]).any(axis=2)  # [B, B]
         return {

@@ -54,9 +54,9 @@ class ClipScorerConfig:
     """attention heads; dim / heads channels each"""
     image_layers: int = 1
     """transformer layers over the patches"""
-    text_layers: int = 2
+    text_layers: int = 1
     """transformer layers over the caption alone"""
-    matcher_layers: int = 2
+    matcher_layers: int = 1
     """layers of the matching head, over caption and image; 0 leaves it out, and the embeddings' cosine ranks"""
     embedding_dim: int = 128
     """E, width of the embeddings"""

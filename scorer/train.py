@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scorer.batches import CaptionedBatches
+from scorer.batches import CaptionedBatches, Reconstruct
 from scorer.lit import ScorerLit
 from scorer.model import ClipScorer, ClipScorerConfig, TrainedScorer
 from tessera.config import load, to_plain
@@ -91,7 +91,7 @@ def train_scorer(
     *,
     config: TrainConfig,
     run_dir: Path,
-    reconstructions: NDArray[np.uint8] | None = None,
+    reconstruct: Reconstruct | None = None,
     validation: tuple[NDArray[np.uint8], Sequence[tuple[str, ...]]] | None = None,
 ) -> TrainedResult:
     """Trains on pairs in memory; resumes from the newest checkpoint in `run_dir`. Writes no model folder.
@@ -102,7 +102,7 @@ def train_scorer(
         tokenizer: splits captions.
         config: sizes and rates; `data`, `out` and `run_dir` are not read.
         run_dir: receives checkpoints and metrics.
-        reconstructions: uint8 [N, H, W, 3], the same images as a dVAE gives them back: what will be ranked looks so.
+        reconstruct: gives rows of the images as a dVAE reconstructs them: what will be ranked looks so.
         validation: held-out images and captions to measure on; None measures on some of the training pairs.
 
     Raises:
@@ -118,7 +118,7 @@ def train_scorer(
         tokenizer,
         text_len=model_config.text_len,
         num_captions=config.num_captions,
-        reconstructions=reconstructions,
+        reconstruct=reconstruct,
         reconstruction_share=config.reconstruction_share,
     )
     held_images, held_captions = validation or (images, captions)
@@ -204,12 +204,12 @@ def measure(scorer: TrainedScorer, images: NDArray[np.uint8], captions: Sequence
     }
 
 
-def train(config: TrainConfig, *, reconstructions: NDArray[np.uint8] | None = None) -> dict[str, Any]:
+def train(config: TrainConfig, *, reconstruct: Reconstruct | None = None) -> dict[str, Any]:
     """Trains, measures on the validation split and exports; resumes or returns at once where that was done before.
 
     Args:
         config: the run.
-        reconstructions: uint8 [N, H, W, 3], the training split as the model's dVAE gives it back, in its order.
+        reconstruct: gives rows of the training split as the model's dVAE reconstructs them.
 
     Returns:
         steps, seconds, metrics (see `measure`) and sha256 of the exported part.
@@ -239,7 +239,7 @@ def train(config: TrainConfig, *, reconstructions: NDArray[np.uint8] | None = No
         tokenizer,
         config=config,
         run_dir=run_dir,
-        reconstructions=reconstructions,
+        reconstruct=reconstruct,
         validation=validation,
     )
     model = result.scorer.model

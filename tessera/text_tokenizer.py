@@ -153,21 +153,22 @@ class TextTokenizer:
         kept = list(ids[:text_len])
         return kept + [self.vocab_size + position for position in range(len(kept), text_len)]
 
-    def fitting_text_len(self, captions: Iterable[str], *, most: int = 256) -> int:
+    def fitting_text_len(self, captions: Iterable[str], *, dropout: float = 0.0, most: int = 256) -> int:
         """Returns how many text positions captions need.
 
         Args:
             captions: any number; of more than 50,000 distinct ones an evenly spaced part is counted.
+            dropout: chance that a merge will be skipped, 0 to 1; above 0 there is room for a quarter more pieces.
             most: never more than this.
 
         Returns:
-            A multiple of 4, at least 8, with room for 999 in 1,000 captions and for the further pieces that dropout
-            makes of them.
+            A multiple of 4, at least 8, with room for 999 in 1,000 captions.
         """
         distinct = list(dict.fromkeys(captions))
         lengths = sorted(len(self.encode(text)) for text in distinct[:: max(1, len(distinct) // _MAX_COUNTED_CAPTIONS)])
         longest = lengths[math.ceil(0.999 * len(lengths)) - 1] if lengths else 0
-        return min(most, max(8, 4 * math.ceil(longest * _DROPOUT_ROOM / 4)))
+        room = _DROPOUT_ROOM if dropout > 0 else 1.0
+        return min(most, max(8, 4 * math.ceil(longest * room / 4)))
 
     def num_ids(self, text_len: int) -> int:
         """Returns how many ids a model needs to embed: pieces and one pad per position."""

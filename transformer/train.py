@@ -11,7 +11,7 @@ import torch
 
 from tessera.config import load, to_plain
 from tessera.data.order import SampleKey, mix, permuted
-from tessera.data.shards import TokenShards
+from tessera.data.shards import TokenShards, batches
 from tessera.errors import UserError
 from tessera.model_folder import ModelFolder, write_part
 from tessera.text_tokenizer import TextTokenizer
@@ -22,6 +22,7 @@ from transformer.lit import PriorLit
 from transformer.model import Prior, PriorConfig, SequenceLayout
 
 _MOST_VALIDATION_SAMPLES = 512
+_VALIDATION_BATCH = 64  # without gradients larger batches than those of training fit, and take less time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         config=config.trainer,
         optim=config.optim,
         run_dir=run_dir,
-        validation=validation_batches(shards, validation_rows, tokenizer, batch_size=config.trainer.batch_size),
+        validation=validation_batches(shards, validation_rows, tokenizer),
     )
     sha256 = write_part(
         out,
@@ -163,12 +164,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def validation_batches(
-    shards: TokenShards, rows: np.ndarray, tokenizer: TextTokenizer, *, batch_size: int
+    shards: TokenShards, rows: np.ndarray, tokenizer: TextTokenizer
 ) -> list[dict[str, torch.Tensor]]:
     """The held-out samples with their captions as they are."""
     source = TokenBatches(shards, rows, tokenizer, condition_dropout=0.0, bpe_dropout=0.0)
     keys = [SampleKey(index, 0) for index in range(len(rows))]
-    return [source.batch(keys[start : start + batch_size]) for start in range(0, len(keys), batch_size)]
+    return [source.batch(keys[span.start : span.stop]) for span in batches(len(keys), _VALIDATION_BATCH)]
 
 
 def layout_of(shards: TokenShards, tokenizer: TextTokenizer) -> SequenceLayout:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from scorer.batches import CaptionedBatches
 from tessera.data.order import SampleKey, sample_keys
@@ -85,11 +86,18 @@ def test_an_image_that_has_the_caption_too_is_no_negative(tokenizer: TextTokeniz
 
 def test_a_share_of_images_is_replaced_by_reconstructions(tokenizer: TextTokenizer) -> None:
     white = np.full((5, 2, 4, 3), 255, np.uint8)
-    source = make(tokenizer, reconstructions=white, reconstruction_share=0.5)
+    asked: list[int] = []
+
+    def reconstruct(rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        asked.extend(rows.tolist())
+        return white[rows]
+
+    source = make(tokenizer, reconstruct=reconstruct, reconstruction_share=0.5)
     pixels = source.batch(sample_keys(0, 400, size=5, seed=0))["images"]
     assert 0.4 < float((pixels == 255).float().mean()) < 0.6
     assert int(source.images.max()) == 4  # the originals are left alone
-    never = make(tokenizer, reconstructions=white, reconstruction_share=0.0)
+    assert len(asked) == int((pixels == 255).all(dim=(1, 2, 3)).sum())  # none is made that no one sees
+    never = make(tokenizer, reconstruct=reconstruct, reconstruction_share=0.0)
     assert int(never.batch(sample_keys(0, 50, size=5, seed=0))["images"].max()) == 4
 
 
@@ -101,6 +109,9 @@ def test_draws_are_spread_evenly(tokenizer: TextTokenizer) -> None:
 
 def test_arrays_that_do_not_belong_together_are_refused(tokenizer: TextTokenizer) -> None:
     with pytest.raises(ValueError, match="reconstructions"):
-        make(tokenizer, reconstructions=np.zeros((4, 2, 4, 3), np.uint8))
+        wrong = make(
+            tokenizer, reconstruct=lambda rows: np.zeros((len(rows), 2, 3, 3), np.uint8), reconstruction_share=1.0
+        )
+        wrong.batch([SampleKey(0, 0)])
     with pytest.raises(ValueError, match="5 images and 4 tuples"):
         CaptionedBatches(np.zeros((5, 2, 2, 3), np.uint8), CAPTIONS[:4], tokenizer, text_len=8, num_captions=1)

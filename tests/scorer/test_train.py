@@ -73,8 +73,14 @@ def test_reconstructions_are_seen_in_training(tmp_path: Path) -> None:
     config = configured()
     config = replace(config, trainer=replace(config.trainer, max_steps=2), reconstruction_share=1.0)
     gray = np.full_like(images, 128)
+
+    def reconstruct(rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return gray[rows]
+
     plain = train_scorer(images, captions, tokenizer, config=config, run_dir=tmp_path / "plain")
-    mixed = train_scorer(images, captions, tokenizer, config=config, run_dir=tmp_path / "mixed", reconstructions=gray)
+    mixed = train_scorer(
+        images, captions, tokenizer, config=config, run_dir=tmp_path / "mixed", reconstruct=reconstruct
+    )
     first, second = (result.scorer.model.image_stem.from_pixels.weight for result in (plain, mixed))
     assert not torch.equal(first, second)
 

@@ -17,9 +17,13 @@ def random_table(levels: tuple[int, ...] = LEVELS) -> CodeTable:
 
 def test_digits_are_those_of_the_quantizer() -> None:
     centers = FiniteScalarQuantizer(LEVELS).lookup(torch.arange(24).view(1, 1, 24))[0, :, 0]  # [D, K]
-    digits = random_table().digit_of_code
-    for place, level in enumerate(LEVELS):
-        torch.testing.assert_close(centers[place], (2 * digits[place].float() + 1) / level - 1)
+    table = CodeTable(24, LEVELS, dim=len(LEVELS))
+    table.init_weights(std=0)
+    with torch.no_grad():
+        for place, (level, digits) in enumerate(zip(LEVELS, table.digits, strict=True)):
+            assert isinstance(digits, torch.nn.Embedding)
+            digits.weight[:, place] = (2 * torch.arange(level) + 1) / level - 1
+    torch.testing.assert_close(table.vectors().T, centers)
 
 
 def test_logits_are_products_with_the_looked_up_vectors() -> None:
