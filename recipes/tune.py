@@ -137,7 +137,10 @@ def search(
 
     if affordable(len(coarse_pairs), 1.0) < least:
         return []
+    began = clock()
     coarse = run(coarse_pairs, max(least, affordable(len(coarse_pairs), 0.4)))
+    # more prompts at a time cost less each than the few at first
+    seconds_per_prompt = max((clock() - began) / sum(trial.prompts for trial in coarse), 1e-9)
     fine_pairs = around(choose(coarse))
     count = affordable(len(fine_pairs), 0.9)
     if count < max(least, coarse[0].prompts // 2):
