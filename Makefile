@@ -33,9 +33,10 @@ format: $(INSTALLED) ## format the code and mend what the linter can mend
 type: $(INSTALLED) ## check the types
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
-bench: $(INSTALLED) ## run every benchmark in its quick form
+bench: $(INSTALLED) ## run every benchmark in its quick form: out/bench/*.json
 	@for file in $$(grep -l __main__ benchmarks/*.py); do \
-		$(BIN)/python -m benchmarks.$$(basename $$file .py) --quick || exit 1; done
+		name=$$(basename $$file .py); \
+		$(BIN)/python -m benchmarks.$$name --quick --out out/bench/$$name.json || exit 1; done
 
 clean: ## remove .venv and every cache; out/ and runs/ stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

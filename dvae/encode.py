@@ -46,6 +46,10 @@ class EncodeConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.bpe_dropout < 1:
+            raise UserError(f"bpe_dropout must lie in [0, 1); got {self.bpe_dropout}")
+
 
 def encode(config: EncodeConfig) -> dict[str, Any]:
     """Encodes the training split; returns at once if the shards are there already.

@@ -20,9 +20,9 @@ from recipes.fit import Fitted, example_prompt, fit, say
 from recipes.ledger import Ledger
 from recipes.plan import STAGES, evaluation_seconds_per_image
 from recipes.plan_table import clock
-from recipes.planning import check_settings
+from recipes.progress import counting
 from recipes.report import render_report
-from recipes.run_folder import Request, RunFolder, start_over
+from recipes.run_folder import Request, RunFolder
 from tessera.atomic_write import atomic_write
 from tessera.errors import UserError, run_command
 from tessera.model_folder import ModelFolder, write_card
@@ -36,7 +36,7 @@ _LEAST_PROMPTS = 6  # one per class
 _REPORT_SECONDS = 6.0  # for writing what has been measured
 
 
-def demo(request: Request, *, out: Path, prompts: int, started: float) -> dict[str, Any]:
+def demo(request: Request, *, out: Path, prompts: int, started: float, fresh: bool = False) -> dict[str, Any]:
     """Runs the demo, or goes on with it, or finds it done.
 
     Args:
@@ -44,6 +44,7 @@ def demo(request: Request, *, out: Path, prompts: int, started: float) -> dict[s
         out: receives the model folder, the run folder and the reports.
         prompts: held-out prompts of each split; fewer are drawn where the budget is too small for so many.
         started: `time.monotonic()` when the work began.
+        fresh: whether an earlier demo is replaced.
 
     Returns:
         The content of report.json.
@@ -53,7 +54,15 @@ def demo(request: Request, *, out: Path, prompts: int, started: float) -> dict[s
         KeyboardInterrupt: after saving; the same call goes on.
     """
     model, run_dir, report_file = out / "model", out / "run", out / "report.json"
-    fitted = fit(request, out=model, run_dir=run_dir, started=started, evaluation_images=2 * prompts * BEST_OF, say=say)
+    fitted = fit(
+        request,
+        out=model,
+        run_dir=run_dir,
+        started=started,
+        fresh=fresh,
+        evaluation_images=2 * prompts * BEST_OF,
+        say=say,
+    )
     folder = ModelFolder.open(model)
     known = _known_report(report_file)
     is_same = known.get("model_sha256") == folder.sha256 and known.get("asked", {}).get("prompts") == prompts
@@ -120,13 +129,7 @@ def _evaluate(fitted: Fitted, model: Path, *, prompts: int, seed: int) -> Evalua
     seconds = max(plan.minutes * 60 - ledger.total, 0.5 * plan.evaluation_seconds) - _REPORT_SECONDS
     count = affordable_prompts(prompts, plan.evaluation_seconds, speed_per_image=_seconds_per_image(fitted))
     say(f"{clock(seconds)} left  judging {BEST_OF} candidates for {count} prompts of seen and {count} of unseen pairs")
-
-    def on_progress(done: int, total: int) -> None:
-        if not sys.stderr.isatty():
-            return
-        print(f"\rjudged {done:,} of {total:,} prompts ", end="" if done < total else "\n", file=sys.stderr, flush=True)
-
-    with ledger.phase("evaluation"):
+    with ledger.phase("evaluation"), counting("judging prompts") as on_progress:
         return evaluate(
             model,
             plan.data,
@@ -193,14 +196,8 @@ def main(argv: Sequence[str]) -> int:
     }
     request = replace(known, **{name: value for name, value in given.items() if value is not None})
     refuse_tuning_seed(request.seed)
-    check_settings(request)  # a slip in the command line must not cost the earlier demo
-    if arguments.fresh:
-        start_over(out / "model", out / "run")
-        for name in ("report.html", "report.json"):
-            (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
     try:
-        report = demo(request, out=out, prompts=arguments.prompts, started=started)
+        report = demo(request, out=out, prompts=arguments.prompts, started=started, fresh=arguments.fresh)
     except KeyboardInterrupt:
         going_on = [argument for argument in argv if argument != "--fresh"]
         print(f"to go on from here: {shlex.join(['tessera', 'demo', *going_on])}", file=sys.stderr)

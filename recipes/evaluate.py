@@ -6,6 +6,7 @@ prompt says, as a parser reads them.
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from recipes.accuracy import (
     single,
     tally,
 )
+from recipes.progress import counting
 from sampling.arguments import add_device_argument, add_precision_argument
 from sampling.pipeline import Pipeline, drawn_size
 from scorer.model import TrainedScorer
@@ -225,21 +227,24 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(list(argv))
     if arguments.prompts < 1 or arguments.best_of < 1:
         raise UserError(f"--prompts and --best-of must be at least 1; got {arguments.prompts} and {arguments.best_of}")
+    if arguments.minutes is not None and not 0 < arguments.minutes < math.inf:
+        raise UserError(f"--minutes must be positive and finite, got {arguments.minutes:g}")
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise UserError(f"--json {arguments.json}: its folder does not exist")
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     data = DataConfig(path=arguments.path, seed=arguments.seed, font=arguments.font)
-    result = evaluate(
-        Path(arguments.model),
-        data,
-        prompts=arguments.prompts,
-        best_of=arguments.best_of,
-        seed=arguments.seed,
-        device=arguments.device,
-        precision=arguments.precision,
-        deadline=deadline,
-        on_progress=lambda done, total: print(f"prompts {done}/{total}", file=sys.stderr, flush=True),
-    )
+    with counting("judging prompts") as on_progress:
+        result = evaluate(
+            Path(arguments.model),
+            data,
+            prompts=arguments.prompts,
+            best_of=arguments.best_of,
+            seed=arguments.seed,
+            device=arguments.device,
+            precision=arguments.precision,
+            deadline=deadline,
+            on_progress=on_progress,
+        )
     print(f"{arguments.model} ({short_sha256(result.figures['model_sha256'])}) on {result.figures['images']:,} images")
     print("\n".join(summary_lines(result.figures)))
     if arguments.json is not None:

@@ -24,7 +24,8 @@ from recipes.card import model_card
 from recipes.ledger import Ledger
 from recipes.plan import STAGES, DataFacts, Plan, placed, seconds_for
 from recipes.plan_table import clock, plan_lines
-from recipes.planning import BUILT_IN, Say, check_settings, make_plan, open_training_split
+from recipes.planning import BUILT_IN, Say, make_plan, open_training_split
+from recipes.progress import counting
 from recipes.run_folder import (
     DATA_FOLDER,
     DEFAULT_MINUTES,
@@ -33,6 +34,7 @@ from recipes.run_folder import (
     Request,
     RunFolder,
     Stored,
+    check_ours,
     start_over,
 )
 from recipes.tune import Tuned, tune
@@ -47,6 +49,8 @@ from tessera.precision import describe_hardware, resolve_device, resolve_precisi
 from tessera.training.run import TrainerConfig
 from transformer.train import train as train_prior
 
+_LEAST_SIDE = 16  # two codes
+
 
 class Fitted(NamedTuple):
     """A finished fit."""
@@ -60,7 +64,14 @@ class Fitted(NamedTuple):
 
 
 def fit(
-    request: Request, *, out: Path, run_dir: Path, started: float, evaluation_images: int = 0, say: Say = print
+    request: Request,
+    *,
+    out: Path,
+    run_dir: Path,
+    started: float,
+    fresh: bool = False,
+    evaluation_images: int = 0,
+    say: Say = print,
 ) -> Fitted:
     """Trains all parts of a model, or goes on with it, or finds it finished.
 
@@ -69,6 +80,7 @@ def fit(
         out: the model folder.
         run_dir: the run folder.
         started: `time.monotonic()` when the work began.
+        fresh: whether what an earlier fit made is replaced; it stays until there is a plan for the new one.
         evaluation_images: how many images will be drawn afterwards within the same budget.
         say: takes lines for the user.
 
@@ -77,14 +89,18 @@ def fit(
         KeyboardInterrupt: after saving; the same call goes on.
     """
     run = RunFolder(run_dir)
-    if run.is_planned:
+    if fresh:
+        check_ours(out, run_dir)
+    if run.is_planned and not fresh:
         run.check_request(request)
         stored = run.read_plan()
         plan, facts = stored.plan, stored.facts
         ledger = Ledger(run_dir / LEDGER_FILE, started=started)
         tuned = run.read_tuning()
-        if run.is_finished and tuned is not None and (out / INDEX_FILE).exists():
-            ModelFolder.open(out)
+        finished = run.finished_sha256
+        if finished is not None and tuned is not None and (out / INDEX_FILE).exists():
+            if ModelFolder.open(out).sha256 != finished:
+                say(f"{out} has changed since it was finished: a part was trained again, or settings were written")
             return Fitted(plan, facts, tuned, ledger, reused=True)
         say(f"going on with {run_dir}: {clock(ledger.total_before)} of {clock(plan.minutes * 60)} minutes are spent")
         corpus = open_training_split(plan.data, say)
@@ -94,7 +110,7 @@ def fit(
                 "choose another --out, or start over with --fresh"
             )
     else:
-        if (out / INDEX_FILE).exists():
+        if (out / INDEX_FILE).exists() and not fresh:
             raise UserError(
                 f"{out} holds a model already, and there is no {run_dir / PLAN_FILE} to go on with: "
                 "choose another --out, or replace the model with --fresh"
@@ -104,11 +120,13 @@ def fit(
         )
         plan = placed(plan, out=str(out.absolute()), run_dir=str(run_dir.absolute()))
         say("\n".join(plan_lines(plan, facts, machine)))
+        if fresh:
+            start_over(out, run_dir)
         run.write_plan(Stored(request, plan, facts, corpus.fingerprint()))
         ledger = Ledger(run_dir / LEDGER_FILE, started=started)
         ledger.spent["planning"] = ledger.total
-    with ledger.phase("data"):
-        load_images(corpus, directory=plan.data.cache_path)
+    with ledger.phase("data"), counting("reading images") as on_progress:
+        load_images(corpus, directory=plan.data.cache_path, on_progress=on_progress)
     try:
         tuned = _run_stages(plan, request, ledger, run, out, say)
     finally:
@@ -162,9 +180,9 @@ def _run_stages(plan: Plan, request: Request, ledger: Ledger, run: RunFolder, ou
         announce("tuning the sampling settings")
         with ledger.phase("tuning"):
             tuned = tune(out, plan.data, seconds=seconds_for("tuning", left()), device=request.device)
-            write_sampling_defaults(out, tuned.settings)
             run.write_tuning(tuned)
         say(f"           {', '.join(f'{name} {value:g}' for name, value in tuned.settings.items())}")
+    write_sampling_defaults(out, tuned.settings)  # also into a folder that was made again beside its run folder
     return tuned
 
 
@@ -207,8 +225,10 @@ def image_size(text: str) -> tuple[int, int]:
         sides = [int(side) for side in text.lower().split("x")]
     except ValueError:
         sides = []
-    if len(sides) not in (1, 2) or min(sides) < 8:
-        raise argparse.ArgumentTypeError(f"{text!r} is no image size: give 64, or 64x96 for height x width, at least 8")
+    if len(sides) not in (1, 2) or min(sides) < _LEAST_SIDE:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no image size: give 64, or 64x96 for height x width, at least {_LEAST_SIDE}"
+        )
     return sides[0], sides[-1]
 
 
@@ -257,11 +277,8 @@ def main(argv: Sequence[str]) -> int:
         plan, facts, _, machine = make_plan(request, cache_dir=None)
         print("\n".join(plan_lines(plan, facts, machine)))
         return 0
-    if arguments.fresh:
-        check_settings(request)
-        start_over(out, run_dir)
     try:
-        fitted = fit(request, out=out, run_dir=run_dir, started=started, say=say)
+        fitted = fit(request, out=out, run_dir=run_dir, started=started, fresh=arguments.fresh, say=say)
     except KeyboardInterrupt:
         going_on = [argument for argument in argv if argument != "--fresh"]
         print(f"to go on from here: {shlex.join(['tessera', 'fit', *going_on])}", file=sys.stderr)

@@ -72,10 +72,10 @@ class PriorRow(NamedTuple):
 
 
 # Smallest first; the largest row that the budget can train for `least_steps` is taken, the first one whatever happens.
-# In little time small models learn more, because they see more: in 110 seconds of two cores a prior of 128 channels had 0.77
-# nats per token with 4 layers and 0.83 with 6, and 192 channels 1.07. So do small batches: 1,200 steps of 16 captioned
-# images were worth more than 600 of 32. A prior that sees every caption only a few times cannot afford to see its words
-# in pieces as well: skipping one merge in ten breaks four words in ten.
+# In little time small models learn more, because they see more: in 110 seconds of two cores a prior of 128 channels
+# came to 0.77 nats per token with 4 layers, 0.83 with 6, and one of 192 channels to 1.07. So do small batches: 1,200
+# steps of 16 captioned images were worth more than 600 of 32. A prior that sees every caption only a few times cannot
+# afford to see its words in pieces as well: skipping one merge in ten breaks four words in ten.
 DVAE_ROWS = (
     DVAERow((48, 96), (1, 2), 48, 3e-3, 0, 0),
     DVAERow((64, 128), (1, 3), 48, 3e-3, 6_000, 0),
@@ -287,19 +287,28 @@ def timed(plan: Plan, facts: DataFacts, speed: Speed, *, evaluation_images: int 
     set_aside = min(wanted, _MOST_EVALUATION * plan.minutes * 60) if evaluation_images else 0.0
     plan = replace(plan, speed=speed, evaluation_seconds=round(set_aside, 1))
     budget = stage_seconds(plan.training_seconds)
-    prior_step = speed.prior_step / (COMPILED_SPEEDUP if plan.prior.trainer.compile else 1.0)
+
+    def trainer(stage: str) -> TrainerConfig:
+        return with_steps(stage_trainer(plan, stage), facts.num_images, step_seconds(plan, stage), budget[stage])
+
     return replace(
         plan,
-        dvae=replace(
-            plan.dvae, trainer=with_steps(plan.dvae.trainer, facts.num_images, speed.dvae_step, budget["dvae"])
-        ),
-        prior=replace(
-            plan.prior, trainer=with_steps(plan.prior.trainer, facts.num_images, prior_step, budget["prior"])
-        ),
-        scorer=replace(
-            plan.scorer, trainer=with_steps(plan.scorer.trainer, facts.num_images, speed.scorer_step, budget["scorer"])
-        ),
+        dvae=replace(plan.dvae, trainer=trainer("dvae")),
+        prior=replace(plan.prior, trainer=trainer("prior")),
+        scorer=replace(plan.scorer, trainer=trainer("scorer")),
     )
+
+
+def stage_trainer(plan: Plan, stage: str) -> TrainerConfig:
+    """The trainer's settings of a stage that trains: dvae, prior or scorer."""
+    return {"dvae": plan.dvae, "prior": plan.prior, "scorer": plan.scorer}[stage].trainer
+
+
+def step_seconds(plan: Plan, stage: str) -> float:
+    """What an optimizer step of a stage takes by the plan's measured speed; compiled models are measured uncompiled."""
+    assert plan.speed is not None
+    measured = {"dvae": plan.speed.dvae_step, "prior": plan.speed.prior_step, "scorer": plan.speed.scorer_step}[stage]
+    return measured / (COMPILED_SPEEDUP if stage_trainer(plan, stage).compile else 1.0)
 
 
 def evaluation_seconds_per_image(speed: Speed) -> float:
@@ -402,12 +411,17 @@ def dvae_memory_gib(config: DiscreteVAEConfig, image_size: tuple[int, int], batc
 
 
 def peak_memory_gib(plan: Plan, facts: DataFacts) -> float:
-    """Estimate of the peak memory of the whole fit, with the process itself."""
-    return _PROCESS_GIB + max(
-        dvae_memory_gib(plan.dvae.model, facts.image_size, plan.dvae.trainer.batch_size),
-        prior_memory_gib(
-            replace(plan.prior.model, layout=layout_for(facts, plan.dvae.model)), plan.prior.trainer.batch_size
-        ),
+    """Estimate of the peak memory of the whole fit, with the process itself and the images."""
+    images = facts.num_images * math.prod(facts.image_size) * 3 / _GIB
+    return (
+        _PROCESS_GIB
+        + images
+        + max(
+            dvae_memory_gib(plan.dvae.model, facts.image_size, plan.dvae.trainer.batch_size),
+            prior_memory_gib(
+                replace(plan.prior.model, layout=layout_for(facts, plan.dvae.model)), plan.prior.trainer.batch_size
+            ),
+        )
     )
 
 

@@ -1,6 +1,6 @@
 """A plan as a small table for people, printed before anything starts."""
 
-from recipes.plan import DataFacts, Machine, Plan, peak_memory_gib, stage_seconds
+from recipes.plan import DataFacts, Machine, Plan, peak_memory_gib, stage_seconds, stage_trainer, step_seconds
 from tessera.precision import describe_hardware
 from tessera.training.run import TrainerConfig
 
@@ -21,7 +21,7 @@ def plan_lines(plan: Plan, facts: DataFacts, machine: Machine) -> list[str]:
         trainer = trainers.get(stage)
         steps = expected_steps(plan, stage)
         if steps is not None and plan.speed is not None:
-            seconds = min(seconds, steps * getattr(plan.speed, f"{stage}_step"))
+            seconds = min(seconds, steps * step_seconds(plan, stage))
         total += seconds
         shown = "" if steps is None else f"{steps:,}"
         batch = "" if trainer is None else str(trainer.batch_size)
@@ -55,7 +55,7 @@ def planned_sizes(plan: Plan) -> dict[str, str]:
 
 def stage_trainers(plan: Plan) -> dict[str, TrainerConfig]:
     """The trainer's settings of the stages that have any."""
-    return {"dvae": plan.dvae.trainer, "prior": plan.prior.trainer, "scorer": plan.scorer.trainer}
+    return {stage: stage_trainer(plan, stage) for stage in ("dvae", "prior", "scorer")}
 
 
 def expected_steps(plan: Plan, stage: str) -> int | None:
@@ -65,7 +65,7 @@ def expected_steps(plan: Plan, stage: str) -> int | None:
         return None
     if plan.speed is None or trainer.budget_seconds is None:
         return trainer.max_steps
-    return min(trainer.max_steps, max(1, int(trainer.budget_seconds / getattr(plan.speed, f"{stage}_step"))))
+    return min(trainer.max_steps, max(1, int(trainer.budget_seconds / step_seconds(plan, stage))))
 
 
 def clock(seconds: float) -> str:

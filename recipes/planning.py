@@ -5,10 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-
 from recipes.plan import DataFacts, Machine, Plan, check_image_size, draft, estimate_text_len, timed
+from recipes.progress import counting
 from recipes.run_folder import PLAN_FILE, Request, check_minutes
 from recipes.speed import measure_machine, measure_speed
 from tessera.config import load, to_plain
@@ -17,7 +15,6 @@ from tessera.data.corpus import Corpus
 from tessera.data.manifest import ingest
 from tessera.errors import UserError
 from tessera.plain_yaml import write_yaml
-from tessera.precision import resolve_device
 
 BUILT_IN = ("scenes", "emoji")
 # Measuring the machine and its speed takes at most this share of the budget, and at most so many seconds.
@@ -67,20 +64,17 @@ def data_facts(corpus: Corpus) -> DataFacts:
     )
 
 
-def check_settings(request: Request) -> None:
-    """Raises UserError for a device or key=value settings that no plan could be made with."""
-    resolve_device(request.device)
-    overridden(Plan(minutes=request.minutes), request.overrides)
-
-
 def overridden(plan: Plan, overrides: Sequence[str]) -> Plan:
     """The plan with key=value settings applied.
 
     Raises:
-        UserError: for an unknown key, a value of the wrong type, or values that do not fit together.
+        UserError: for a key that is unknown or follows from others, a value of the wrong type, or values that do not
+            fit together.
     """
     if not overrides:
         return plan
+    for override in overrides:
+        _check_not_following(override.split("=")[0])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / PLAN_FILE
         # Only the sections that are overridden: checking every one of a plan's settings takes a second.
@@ -91,17 +85,24 @@ def overridden(plan: Plan, overrides: Sequence[str]) -> Plan:
     return replace(plan, **{name: getattr(read, name) for name in sections})
 
 
+def _check_not_following(key: str) -> None:
+    """Raises UserError for a setting of one stage that `placed` makes of what holds for all of them."""
+    stage, *names = key.split(".")
+    if stage not in ("dvae", "encode", "prior", "scorer") or not names:
+        return
+    if names[0] == "data":
+        raise UserError(f"{key}: all stages share their data, set {'.'.join(names)}")
+    if names[0] in ("out", "run_dir", "shards"):
+        raise UserError(f"{key}: the folders of the stages follow from --out and --run-dir")
+    if key == "encode.bpe_dropout":
+        raise UserError(f"{key} follows prior.bpe_dropout: set that")
+
+
 def open_training_split(data: DataConfig, say: Say) -> Corpus:
     """Opens the training split; image files are checked first, with a summary for the user."""
     if data.path not in BUILT_IN and Path(data.path).exists():
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("checking images", total=None)
-            manifest = ingest(
-                Path(data.path),
-                directory=data.cache_path,
-                on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-            )
+        with counting("checking images") as on_progress:
+            manifest = ingest(Path(data.path), directory=data.cache_path, on_progress=on_progress)
         say(manifest.summary())
         if manifest.rejects and data.cache_path is not None:
             say(f"what was refused, and why: {data.cache_path / 'rejects.jsonl'}")

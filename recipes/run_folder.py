@@ -69,9 +69,10 @@ class RunFolder:
         return (self.path / PLAN_FILE).is_file()
 
     @property
-    def is_finished(self) -> bool:
-        """Whether the last step has been made."""
-        return (self.path / FINISHED_FILE).is_file()
+    def finished_sha256(self) -> str | None:
+        """The hash of the model folder when the last step had been made; None before."""
+        file = self.path / FINISHED_FILE
+        return json.loads(file.read_text())["sha256"] if file.is_file() else None
 
     def write_plan(self, stored: Stored) -> None:
         """Stores the plan and what it was made for."""
@@ -131,21 +132,30 @@ def check_minutes(minutes: float) -> None:
         raise UserError(f"--minutes must be positive and finite, got {minutes:g}")
 
 
+def check_ours(out: Path, run_dir: Path) -> None:
+    """Raises UserError if one of the folders exists and is neither empty nor what an earlier fit made."""
+    for folder, mark in ((out, INDEX_FILE), (run_dir, PLAN_FILE)):
+        if not folder.exists():
+            continue
+        names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {""}
+        # a fit that was interrupted before it had a plan leaves the images that it has checked
+        unplanned = folder == run_dir and names <= {DATA_FOLDER}
+        if mark not in names and names and not unplanned:
+            raise UserError(f"--fresh: {folder} is not what an earlier fit made; delete it yourself to have it gone")
+
+
 def start_over(out: Path, run_dir: Path) -> None:
-    """Deletes a model folder and its run folder, and nothing that is neither.
+    """Deletes a model folder, and of its run folder all but the checked images, which follow the files.
 
     Raises:
         UserError: if one of them holds something else.
     """
-    for folder, known in ((out, {INDEX_FILE}), (run_dir, {PLAN_FILE, DATA_FOLDER})):
-        if not folder.exists():
-            continue
-        names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {""}
-        if names and not names & known:
-            raise UserError(f"--fresh: {folder} is not what an earlier fit made; delete it yourself to have it gone")
-    for folder in (out, run_dir):
-        if folder.exists():
-            shutil.rmtree(folder)
+    check_ours(out, run_dir)
+    if out.exists():
+        shutil.rmtree(out)
+    for entry in run_dir.iterdir() if run_dir.exists() else ():
+        if entry.name != DATA_FOLDER:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _shown(value: Any) -> str:

@@ -105,7 +105,8 @@ def _prior_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> tuple[floa
     cache = model.new_cache(_DRAWN_TOGETHER)
     drawn = torch.zeros(_DRAWN_TOGETHER, dtype=torch.int64, device=device)
     model.prefill(text_ids[:1].expand(_DRAWN_TOGETHER, -1), cache)
-    half = layout.image_len // 2  # attention to half of the image is the average over all positions
+    # attention to half of the image is the average over all positions
+    half = min(layout.image_len // 2, layout.image_len - 2)
 
     def draw() -> None:
         # as much work as the sampler's choice of a code

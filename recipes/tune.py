@@ -1,7 +1,8 @@
 """Sampling settings chosen by trial: temperature and guidance on a coarse grid, then closely around its best.
 
 On scenes a trial's value is what the parser says about prompts of seen pairs; elsewhere it is how well the scorer finds
-the caption that an image was drawn for among the others. Both are measured on prompts that no evaluation uses.
+the caption that an image was drawn for among the others. The prompts on scenes are ones that no evaluation uses;
+elsewhere they are captions of the validation split.
 """
 
 import time

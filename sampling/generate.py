@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
                 warn(f"{num_saved} images are in {out}")
             raise
     if not arguments.no_sheet:
-        if len(kept) > _MAX_SHEET_IMAGES:
+        if len(prompts) * arguments.n > _MAX_SHEET_IMAGES:
             warn(f"the contact sheet shows the first {_MAX_SHEET_IMAGES} of {len(prompts) * arguments.n} images")
         path = save_sheet(kept[:_MAX_SHEET_IMAGES], out)
         if not arguments.json:

@@ -106,9 +106,14 @@ def train_scorer(
         validation: held-out images and captions to measure on; None measures on some of the training pairs.
 
     Raises:
-        UserError: if there are fewer than 2 images.
+        UserError: if there are fewer than 2 images, or reconstructions are asked of loader processes.
         KeyboardInterrupt: after saving, when the user interrupted; the same call resumes.
     """
+    if reconstruct is not None and config.trainer.num_workers:
+        raise UserError(
+            f"reconstructions are made by the process that trains: trainer.num_workers must be 0; "
+            f"got {config.trainer.num_workers}"
+        )
     if len(images) < 2:
         raise UserError(f"a scorer learns from differences: it needs at least 2 captioned images, got {len(images)}")
     model_config = fitted_config(config.model, images.shape[1:3], captions, tokenizer)  # type: ignore[arg-type]

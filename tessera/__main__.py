@@ -23,7 +23,7 @@ COMMANDS: dict[str, Command] = {
     "reconstruct": Command("dvae.reconstruct:main", "show what the dVAE keeps of an image"),
     "rerank": Command("sampling.rerank:main", "order images by how well they fit a caption"),
     "evaluate": Command("recipes.evaluate:main", "measure a model on captioned images"),
-    "info": Command("tessera.info:main", "describe a model folder or a run folder"),
+    "info": Command("tessera.info:main", "describe a model folder or the run folder of a stage"),
     "demo": Command("recipes.demo:main", "train on built-in scenes, generate held-out prompts, write a report"),
     "train-dvae": Command("dvae.train:main", "stage 1: train the image tokenizer"),
     "encode": Command("dvae.encode:main", "stage 2: turn images and captions into token shards"),

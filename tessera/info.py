@@ -21,7 +21,7 @@ from tessera.training.stage import CONFIG_FILE, RESULT_FILE
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a description of a model folder or of a run folder, as text or as JSON."""
-    parser = OneLineParser(prog="tessera info", description="Describes a model folder or a run folder.")
+    parser = OneLineParser(prog="tessera info", description="Describes a model folder or the run folder of a stage.")
     parser.add_argument("path", type=Path, help="a model folder or a stage's run folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of text")
     arguments = parser.parse_args(argv)

@@ -148,7 +148,7 @@ class TextTokenizer:
             text_len: number of text positions T.
 
         Returns:
-            T ids in [0, num_ids(text_len)).
+            T ids in [0, vocab_size + text_len).
         """
         kept = list(ids[:text_len])
         return kept + [self.vocab_size + position for position in range(len(kept), text_len)]
@@ -169,10 +169,6 @@ class TextTokenizer:
         longest = lengths[math.ceil(0.999 * len(lengths)) - 1] if lengths else 0
         room = _DROPOUT_ROOM if dropout > 0 else 1.0
         return min(most, max(8, 4 * math.ceil(longest * room / 4)))
-
-    def num_ids(self, text_len: int) -> int:
-        """Returns how many ids a model needs to embed: pieces and one pad per position."""
-        return self.vocab_size + text_len
 
     def encode_batch(
         self, captions: Sequence[str], *, text_len: int, dropout: float = 0.0, seeds: Sequence[int] | None = None

@@ -36,11 +36,6 @@ class KVCache:
         shape = (layers, batch_size, heads, seq_len, head_dim)
         return cls(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
 
-    @property
-    def batch_size(self) -> int:
-        """B, number of rows."""
-        return self.keys.shape[1]
-
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Stores keys and values [B, H, n, D] at positions start .. start + n - 1, in place."""
         end = start + keys.shape[2]

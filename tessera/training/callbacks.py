@@ -10,12 +10,14 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from tessera.training.checkpoint import checkpoint_path
 from tessera.training.optim import OptimizerConfig, rate_at
+
+_AVERAGED_PER_HORIZON = 24
 
 
 class ProgressClock(Callback):
@@ -35,6 +37,8 @@ class ProgressClock(Callback):
         self.config = config
         self.max_steps = max_steps
         self.budget_seconds = budget_seconds
+        self.expected_steps = float(max_steps)
+        """optimizer steps in all, as far as can be told: fewer than max_steps where the budget ends first"""
         self.seconds_before = 0.0
         self.started = time.monotonic()
 
@@ -57,7 +61,10 @@ class ProgressClock(Callback):
     ) -> None:
         progress = trainer.global_step / self.max_steps
         if self.budget_seconds is not None:
-            progress = max(progress, self.seconds / self.budget_seconds)
+            spent = self.seconds / self.budget_seconds
+            if trainer.global_step and spent > progress:
+                self.expected_steps = trainer.global_step / spent
+            progress = max(progress, spent)
         pl_module.progress = min(progress, 1.0)  # type: ignore[assignment]
         factor = rate_at(min(progress, 1.0), self.config)
         for optimizer in trainer.optimizers:
@@ -69,6 +76,40 @@ class ProgressClock(Callback):
     ) -> None:
         if self.budget_seconds is not None and self.seconds >= self.budget_seconds:
             trainer.should_stop = True
+
+
+class HorizonAveraging(WeightAveraging):
+    """Exponential weight averaging over a share of training, however many steps the clock lets that be.
+
+    Short runs are not dominated by their start, nor long ones by noise. Averaging walks over all weights, which on a
+    CPU took 6 of the 110 ms of a step of a small prior; a few dozen times per horizon average as well as every step.
+
+    Args:
+        share: of training, above 0, over which weights are averaged.
+        clock: knows how many steps there will be.
+    """
+
+    def __init__(self, share: float, clock: ProgressClock) -> None:
+        # Averaging integer buffers truncates them: a radix of 200 becomes 199 and every code a wrong one.
+        super().__init__(use_buffers=False, multi_avg_fn=self._average)
+        self.share, self.clock = share, clock
+
+    @property
+    def horizon_steps(self) -> float:
+        """Steps over which the weight of a past state falls to 1/e."""
+        return max(2.0, self.share * self.clock.expected_steps)
+
+    @property
+    def every_steps(self) -> int:
+        """Steps between two updates of the average."""
+        return max(1, int(self.horizon_steps / _AVERAGED_PER_HORIZON))
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        return step_idx is not None and step_idx % self.every_steps == 0
+
+    def _average(self, averaged: Any, current: Any, num_averaged: Any) -> None:
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, current, 1 - (1 - 1 / self.horizon_steps) ** self.every_steps)
 
 
 class RandomState(Callback):

@@ -10,20 +10,18 @@ from typing import Literal, NamedTuple
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from tessera.data.loader import Batch, BatchSource, KeyedLoader
 from tessera.errors import UserError
 from tessera.precision import resolve_device, resolve_precision
-from tessera.training.callbacks import ProgressClock, ProgressLine, RandomState, Saver
+from tessera.training.callbacks import HorizonAveraging, ProgressClock, ProgressLine, RandomState, Saver
 from tessera.training.checkpoint import AtomicCheckpointIO, checkpoint_step, newest_readable
 from tessera.training.memory import reuse_freed_memory
 from tessera.training.metrics import METRICS_DIR, metrics_version
 from tessera.training.optim import OptimizerConfig
-
-_AVERAGED_PER_HORIZON = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +123,7 @@ def run_training(
     saver = Saver(
         checkpoint_dir, every_seconds=config.checkpoint_every_seconds, every_steps=config.checkpoint_every_steps
     )
-    averaging = _averaging(optim, config.max_steps)
+    averaging = [HorizonAveraging(optim.ema_horizon, clock)] if optim.ema_horizon else []
     module.progress = 0.0  # type: ignore[assignment]
     if config.compile:
         module.model.compile()  # type: ignore[operator]
@@ -188,18 +186,6 @@ def run_training(
         module.load_state_dict(torch.load(resume_from, map_location="cpu", weights_only=True)["state_dict"])
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     return TrainingResult(steps=trainer.global_step, seconds=clock.seconds, metrics=metrics)
-
-
-def _averaging(optim: OptimizerConfig, max_steps: int) -> list[Callback]:
-    """Exponential averaging whose horizon is a share of training: short runs are not dominated by their start."""
-    if optim.ema_horizon == 0:
-        return []
-    horizon_steps = max(2.0, optim.ema_horizon * max_steps)
-    # Averaging walks over all weights, which on a CPU took 6 of the 110 ms of a step of the demo's prior. A few dozen
-    # times per horizon average as well as every step.
-    every = max(1, int(horizon_steps / _AVERAGED_PER_HORIZON))
-    # Averaging integer buffers truncates them: a radix of 200 becomes 199 and every code a wrong one.
-    return [EMAWeightAveraging(decay=(1 - 1 / horizon_steps) ** every, update_every_n_steps=every, use_buffers=False)]
 
 
 def _silence_lightning() -> None:

@@ -19,8 +19,13 @@ def test_the_demo_reports_and_is_reused(
     out = tmp_path / "demo"
     argv = ["--out", str(out), "--minutes", "0.2", "--prompts", "6", "--device", "cpu", "data.limit=60"]
     small_codebook = "dvae.model.levels=[5,3]"
-    # a curve needs two points: on a busy machine the clock would end a stage after one step
-    unhurried = [f"{stage}.trainer.budget_seconds=60" for stage in ("dvae", "prior", "scorer")]
+    # A curve needs points: on a slow machine the clock would end a stage, and a fast one would log too seldom for so
+    # few steps.
+    unhurried = [
+        f"{stage}.trainer.{setting}"
+        for stage in ("dvae", "prior", "scorer")
+        for setting in ("budget_seconds=60", "log_every_steps=1")
+    ]
     assert run_command(main, [*argv, small_codebook, *tiny, *unhurried]) == 0
     report = json.loads((out / "report.json").read_text())
     assert list(report["seconds"])[:5] == ["total", "dvae", "prior", "scorer", "sampling"]

@@ -1,6 +1,8 @@
 """The journey from images to a model folder: on a tiny budget, interrupted, resumed, and run by mistake."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,6 @@ import pytest
 
 from recipes import fit as fit_module
 from recipes.fit import image_size, main
-from sampling.generate import main as generate
 from tessera.errors import run_command
 from tessera.model_folder import ModelFolder
 
@@ -59,7 +60,8 @@ def test_an_interrupted_fit_goes_on_and_its_model_draws(
     assert run_command(main, command(image_folder, out, tiny, "--minutes", "7")) == 2
     assert "begun with minutes 0.2, now it is 7" in capsys.readouterr().err
 
-    assert generate([str(out), "a red star", "-n", "2", "--out", str(tmp_path / "drawn"), "--device", "cpu"]) == 0
+    words = ["generate", str(out), "a red star", "-n", "2", "--out", str(tmp_path / "drawn"), "--device", "cpu"]
+    subprocess.run([sys.executable, "-m", "tessera", *words], check=True)  # a process that knows the folder alone
     assert len(list((tmp_path / "drawn").glob("a-red-star-*.png"))) == 2
 
 
@@ -118,6 +120,9 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(
         (["scenes", "--image-size", "4"], "no image size"),
         (["scenes", "--image-size", "60"], "divisible by 8"),
         (["scenes", "prior.model.width=3"], "unknown key 'prior.model.width'"),
+        (["scenes", "dvae.data.limit=5"], "set data.limit"),
+        (["scenes", "prior.shards=elsewhere"], "follow from --out"),
+        (["scenes", "encode.bpe_dropout=0.2"], "follows prior.bpe_dropout"),
         (["scenes", "quickly"], "neither an option nor KEY=VALUE"),
         (["scenes", "--minuets", "3"], "unrecognized arguments"),
         ([], "required"),
@@ -133,6 +138,19 @@ def test_mistakes_are_one_line_and_leave_nothing(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "my-model").exists()
+
+
+@pytest.mark.parametrize(
+    "slip", [("--image-size", "60"), ("--seed", "-1"), ("data.limit=0",), ("--device", "abacus"), ("prior.depth=4",)]
+)
+def test_starting_over_waits_for_a_plan(slip: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kept = [tmp_path / "my-model" / "tessera.yaml", tmp_path / "my-model.run" / "plan.yaml"]
+    for file in kept:
+        file.parent.mkdir()
+        file.touch()
+    assert run_command(main, ["scenes", "--fresh", *slip]) == 2
+    assert all(file.exists() for file in kept)
 
 
 def test_image_sizes_are_read_as_height_by_width() -> None:

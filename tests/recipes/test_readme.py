@@ -5,6 +5,7 @@ import importlib
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -64,6 +65,15 @@ def test_a_command_of_the_readme_is_understood(line: str, monkeypatch: pytest.Mo
     module = importlib.import_module(COMMANDS[name].target.split(":")[0])
     if hasattr(module, "_parser"):
         module._parser().parse_intermixed_args(argv)
+
+
+def test_the_python_of_the_readme_runs(scenes_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), flags=re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").symlink_to(scenes_model)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert len(names["images"]) == 4 and names["images"][0].image.dtype == "uint8"
 
 
 @every_command

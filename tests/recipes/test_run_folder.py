@@ -45,6 +45,14 @@ def test_tuning_is_read_back(tmp_path: Path) -> None:
     assert run.read_tuning() == tuned
 
 
+def test_a_project_that_has_a_data_folder_is_no_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="not what an earlier fit made"):
+        start_over(tmp_path / "m", tmp_path)
+    assert (tmp_path / "thesis.tex").exists()
+
+
 def test_starting_over_deletes_what_a_fit_made_and_nothing_else(tmp_path: Path) -> None:
     out, run_dir, photos = tmp_path / "m", tmp_path / "m.run", tmp_path / "photos"
     out.mkdir()
@@ -55,6 +63,7 @@ def test_starting_over_deletes_what_a_fit_made_and_nothing_else(tmp_path: Path) 
     with pytest.raises(UserError, match="not what an earlier fit made"):
         start_over(photos, run_dir)
     assert run_dir.exists() and (photos / "cat.png").exists()
+    (run_dir / "data").mkdir()
     start_over(out, run_dir)
-    assert not out.exists() and not run_dir.exists()
+    assert not out.exists() and [entry.name for entry in run_dir.iterdir()] == ["data"]
     start_over(out, run_dir)

@@ -45,7 +45,7 @@ def test_blank_caption_is_all_pads(tokenizer: TextTokenizer, blank: str) -> None
     ids = tokenizer.encode_batch([blank, "a red star"], text_len=5)
     assert ids[0].tolist() == [tokenizer.vocab_size + position for position in range(5)]
     assert ids[1, 3:].tolist() == [tokenizer.vocab_size + 3, tokenizer.vocab_size + 4]
-    assert ids.max() < tokenizer.num_ids(5)
+    assert ids.max() < tokenizer.vocab_size + 5
 
 
 def test_long_caption_is_cut_and_decodes_without_pads(tokenizer: TextTokenizer) -> None:

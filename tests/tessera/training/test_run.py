@@ -53,7 +53,7 @@ class StopAt(Callback):
 
 
 def run(
-    run_dir: Path, *extra: Callback, quantizer: str = "fsq", **options: Any
+    run_dir: Path, *extra: Callback, quantizer: str = "fsq", optim: OptimizerConfig = OPTIM, **options: Any
 ) -> tuple[TrainingResult, dict, list[float]]:
     torch.manual_seed(0)
     model = DiscreteVAE(
@@ -64,11 +64,11 @@ def run(
         TrainerConfig(max_steps=12, batch_size=4, precision="fp32", device="cpu", checkpoint_every_steps=5), **options
     )
     result = run_training(
-        DiscreteVAELit(model, optim=OPTIM, schedule=ScheduleConfig()),
+        DiscreteVAELit(model, optim=optim, schedule=ScheduleConfig()),
         ImageBatches(load_images(ScenesCorpus(16, image_size=(16, 16))), flip=True),
         name="test",
         config=config,
-        optim=OPTIM,
+        optim=optim,
         run_dir=run_dir,
         callbacks=(losses, *extra),
     )
@@ -157,6 +157,16 @@ run(Path({str(tmp_path / "killed")!r}), Kill(7))
     _, expected, _ = run(tmp_path / "whole")
     _, weights, losses = run(tmp_path / "killed")
     assert len(losses) == 7
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+def test_a_run_that_averages_now_and_then_resumes_exactly(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 60, "checkpoint_every_steps": 25}
+    optim = OptimizerConfig(ema_horizon=0.99)  # 59 steps, so every second one
+    _, expected, _ = run(tmp_path / "whole", optim=optim, **options)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "killed", StopAt(40), optim=optim, **options)
+    _, weights, _ = run(tmp_path / "killed", optim=optim, **options)
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
