@@ -1,4 +1,4 @@
-"""Sampling settings chosen by trial: temperature and guidance on a coarse grid, then closely around its best.
+"""Sampling settings chosen by trial: all pairs of a grid with few prompts, then the better ones with more and more.
 
 On scenes a trial's value is what the parser says about prompts of seen pairs; elsewhere it is how well the scorer finds
 the caption that an image was drawn for among the others. The prompts on scenes are ones that no evaluation uses;
@@ -6,7 +6,7 @@ elsewhere they are captions of the validation split.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,11 +25,13 @@ from tessera.errors import UserError
 # Good for most models; the filter cuts the tail of a large codebook, where a small model's errors live.
 DEFAULT_SETTINGS = {"temperature": 0.9, "guidance": 2.0, "min_p": 0.02}
 
-_COARSE_TEMPERATURES = (0.3, 0.6, 0.9)
-_COARSE_GUIDANCES = (1.0, 2.0, 3.0)
-_TEMPERATURE_STEP, _GUIDANCE_STEP = 0.15, 0.5
+_TEMPERATURES = (0.3, 0.5, 0.75, 1.0)
+_GUIDANCES = (1.0, 1.5, 2.0, 3.0)
+# How many settings are left in each round: verdicts on a few prompts are noisy, and a wrong first choice cost the demo
+# a quarter of its accuracy, so that most prompts go to those that may be the best.
+_ROUNDS = (16, 8, 4, 2)
 _CANDIDATES = 4
-_MOST_PROMPTS, _LEAST_PROMPTS = 96, 6
+_MOST_PROMPTS, _LEAST_PROMPTS = 160, 6
 # Fewer captions than this say nothing about settings that would hold for others.
 _LEAST_CAPTIONS = 24
 # Differences below are noise: of settings this close, the one that changes the model's distribution least is taken.
@@ -67,10 +69,10 @@ def tune(model: Path, data: DataConfig, *, seconds: float, device: str = "auto")
     if data.path == "scenes":
         prompts = sample_prompts(_MOST_PROMPTS, seed=TUNING_SEED, pairs="seen")
 
-        def value(temperature: float, guidance: float, count: int) -> float:
+        def value(temperature: float, guidance: float, span: range) -> float:
             judged = judge_prompts(
                 pipeline,
-                [("seen", prompt) for prompt in prompts[:count]],
+                [("seen", prompt) for prompt in prompts[span.start : span.stop]],
                 candidates=_CANDIDATES,
                 seed=TUNING_SEED,
                 temperature=temperature,
@@ -87,8 +89,9 @@ def tune(model: Path, data: DataConfig, *, seconds: float, device: str = "auto")
         if not isinstance(scorer, TrainedScorer) or len(captions) < _LEAST_CAPTIONS:
             return Tuned(dict(DEFAULT_SETTINGS), "defaults: too few captions or no scorer to tune with", [])
 
-        def value(temperature: float, guidance: float, count: int) -> float:
-            return caption_found(pipeline, scorer, captions[:count], temperature=temperature, guidance=guidance)
+        def value(temperature: float, guidance: float, span: range) -> float:
+            texts = captions[span.start : span.stop]
+            return caption_found(pipeline, scorer, texts, temperature=temperature, guidance=guidance)
 
         measured_by = "how well the scorer finds the caption of an image drawn for it (mean reciprocal rank)"
         most = min(_MOST_PROMPTS, len(captions))
@@ -102,69 +105,56 @@ def tune(model: Path, data: DataConfig, *, seconds: float, device: str = "auto")
 
 
 def search(
-    value: Callable[[float, float, int], float],
+    value: Callable[[float, float, range], float],
     *,
     most_prompts: int,
     deadline: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Trial]:
-    """Tries settings until the deadline: a coarse grid with few prompts, then the surroundings of its best with more.
+    """Tries settings until the deadline: in each round the better half (Jamieson and Talwalkar 2016, section 3).
+
+    All settings of a round are tried with the same prompts, which are new ones in every round.
 
     Args:
-        value: of (temperature, guidance, number of prompts), in [0, 1].
-        most_prompts: the most that a trial may use.
+        value: of (temperature, guidance, which prompts), in [0, 1].
+        most_prompts: how many prompts there are.
         deadline: on `clock`.
         clock: seconds.
 
     Returns:
-        The trials of the last pass that was begun with time to finish; of the coarse one if there was no other.
+        A trial for every setting, with its mean value over all prompts that it was tried with; none without time.
     """
     began = clock()
     least = min(_LEAST_PROMPTS, most_prompts)
-    value(_COARSE_TEMPERATURES[1], _COARSE_GUIDANCES[1], least)  # to learn what a prompt costs
+    value(_TEMPERATURES[2], _GUIDANCES[2], range(least))  # to learn what a prompt costs
     seconds_per_prompt = max((clock() - began) / least, 1e-9)
-    coarse_pairs = [(t, g) for g in _COARSE_GUIDANCES for t in _COARSE_TEMPERATURES]
-
-    def affordable(pairs: int, share: float) -> int:
-        return min(most_prompts, int(share * (deadline - clock()) / (pairs * seconds_per_prompt)))
-
-    def run(pairs: Iterable[tuple[float, float]], count: int) -> list[Trial]:
-        trials: list[Trial] = []
-        for temperature, guidance in pairs:
-            if trials and clock() > deadline:
-                break
-            trials.append(Trial(temperature, guidance, value(temperature, guidance, count), count))
-        return trials
-
-    if affordable(len(coarse_pairs), 1.0) < least:
-        return []
-    began = clock()
-    coarse = run(coarse_pairs, max(least, affordable(len(coarse_pairs), 0.4)))
-    # more prompts at a time cost less each than the few at first
-    seconds_per_prompt = max((clock() - began) / sum(trial.prompts for trial in coarse), 1e-9)
-    fine_pairs = around(choose(coarse))
-    count = affordable(len(fine_pairs), 0.9)
-    if count < max(least, coarse[0].prompts // 2):
-        return coarse
-    return run(fine_pairs, count)
-
-
-def around(trial: Trial) -> list[tuple[float, float]]:
-    """The settings of a trial and their neighbors, the trial's own first."""
-    pairs = [(trial.temperature, trial.guidance)]
-    for guidance_steps in (0, -1, 1):
-        for temperature_steps in (0, -1, 1):
-            temperature = round(trial.temperature + temperature_steps * _TEMPERATURE_STEP, 2)
-            guidance = round(trial.guidance + guidance_steps * _GUIDANCE_STEP, 2)
-            if temperature > 0 and guidance >= 1 and (temperature, guidance) not in pairs:
-                pairs.append((temperature, guidance))
-    return pairs
+    trials = [Trial(temperature, guidance, 0.0, 0) for guidance in _GUIDANCES for temperature in _TEMPERATURES]
+    first = 0
+    for place, count in enumerate(_ROUNDS):
+        left = deadline - clock()
+        fitting = int(left / (len(_ROUNDS) - place) / (count * seconds_per_prompt))
+        span = range(first, min(most_prompts, first + max(fitting, least if place == 0 else 0)))
+        if not span or count * len(span) * seconds_per_prompt > left:
+            break
+        trials.sort(key=lambda trial: (trial.prompts, trial.value), reverse=True)
+        began = clock()
+        for rank, trial in enumerate(trials[:count]):
+            total = trial.value * trial.prompts + value(trial.temperature, trial.guidance, span) * len(span)
+            prompts = trial.prompts + len(span)
+            trials[rank] = trial._replace(value=total / prompts, prompts=prompts)
+        # more prompts at a time cost less each than the few at first
+        seconds_per_prompt = max((clock() - began) / (count * len(span)), 1e-9)
+        first = span.stop
+    return [trial for trial in trials if trial.prompts]
 
 
 def choose(trials: Sequence[Trial]) -> Trial:
-    """The trial of the highest value; of those within the noise the least guidance, then the temperature nearest 1."""
-    highest = max(trial.value for trial in trials)
-    close = [trial for trial in trials if trial.value >= highest - _TIE]
+    """The best of the trials with the most prompts; of those within the noise the one of least guidance, then the one
+    whose temperature is nearest to 1."""
+    most = max(trial.prompts for trial in trials)
+    finalists = [trial for trial in trials if trial.prompts == most]
+    highest = max(trial.value for trial in finalists)
+    close = [trial for trial in finalists if trial.value >= highest - _TIE]
     return min(close, key=lambda trial: (trial.guidance, abs(1 - trial.temperature)))
 
 
