@@ -81,7 +81,8 @@ def judge_prompts(
         pipeline: the model.
         prompts: with the split that they belong to.
         candidates: N, pictures per prompt.
-        seed: of the drawing.
+        seed: of the first prompt's drawing; each later prompt has the next one, for the same random numbers would be
+            lucky or unlucky for all of them.
         deadline: `time.monotonic()` by which it ends, unless the first prompts take longer; None for none.
         on_progress: called with (prompts judged, prompts in all).
         settings: sampling settings in place of the model's own.
@@ -92,7 +93,8 @@ def judge_prompts(
     scorer = "clip" if pipeline.scorer is not None else "likelihood"
     results: list[Judged] = []
     texts = [prompt.text for _, prompt in prompts]
-    drawn = pipeline.stream(texts, n=candidates, seed=seed, scorer=scorer, on_warning=lambda _: None, **settings)
+    seeds = range(seed, seed + len(prompts))
+    drawn = pipeline.stream(texts, n=candidates, seed=seeds, scorer=scorer, on_warning=lambda _: None, **settings)
     with judge(len(prompts) * candidates) as verdicts:
         for span in batches(len(prompts), _PROMPTS_AT_ONCE):
             began = time.monotonic()

@@ -23,7 +23,7 @@ from transformer.train import TrainConfig as PriorTrainConfig
 STAGES = ("dvae", "encode", "prior", "scorer", "tuning")
 
 # Shares of the training budget. What is left over is slack for what no stage accounts for: imports, saving, the card.
-_SHARES = {"dvae": 0.17, "encode": 0.04, "prior": 0.57, "scorer": 0.12, "tuning": 0.05}
+_SHARES = {"dvae": 0.18, "encode": 0.04, "prior": 0.57, "scorer": 0.12, "tuning": 0.05}
 
 # Beyond so many passes a model only learns its images by heart; a few images still need some steps to be learned.
 _MOST_EPOCHS = 400

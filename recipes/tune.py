@@ -74,7 +74,7 @@ def tune(model: Path, data: DataConfig, *, seconds: float, device: str = "auto")
                 pipeline,
                 [("seen", prompt) for prompt in prompts[span.start : span.stop]],
                 candidates=_CANDIDATES,
-                seed=TUNING_SEED,
+                seed=TUNING_SEED + span.start,
                 temperature=temperature,
                 guidance=guidance,
             )
@@ -90,8 +90,8 @@ def tune(model: Path, data: DataConfig, *, seconds: float, device: str = "auto")
             return Tuned(dict(DEFAULT_SETTINGS), "defaults: too few captions or no scorer to tune with", [])
 
         def value(temperature: float, guidance: float, span: range) -> float:
-            texts = captions[span.start : span.stop]
-            return caption_found(pipeline, scorer, texts, temperature=temperature, guidance=guidance)
+            texts, seed = captions[span.start : span.stop], TUNING_SEED + span.start
+            return caption_found(pipeline, scorer, texts, seed=seed, temperature=temperature, guidance=guidance)
 
         measured_by = "how well the scorer finds the caption of an image drawn for it (mean reciprocal rank)"
         most = min(_MOST_PROMPTS, len(captions))
@@ -159,11 +159,12 @@ def choose(trials: Sequence[Trial]) -> Trial:
 
 
 def caption_found(
-    pipeline: Pipeline, scorer: Embedder, captions: Sequence[str], *, temperature: float, guidance: float
+    pipeline: Pipeline, scorer: Embedder, captions: Sequence[str], *, seed: int, temperature: float, guidance: float
 ) -> float:
     """Mean reciprocal rank of the caption that an image was drawn for, among all captions, by the scorer's space."""
     settings = {"temperature": temperature, "guidance": guidance}
-    images = pipeline(list(captions), seed=TUNING_SEED, scorer=None, on_warning=lambda _: None, **settings)
+    seeds = range(seed, seed + len(captions))
+    images = pipeline(list(captions), seed=seeds, scorer=None, on_warning=lambda _: None, **settings)
     pixels = torch.from_numpy(np.stack([image.image for image in images])).permute(0, 3, 1, 2).contiguous()
     cosine = scorer.embed_images(pixels) @ scorer.embed_texts(captions).T  # [images, captions]
     ranks = (cosine > cosine.diagonal()[:, None]).sum(dim=1) + 1
