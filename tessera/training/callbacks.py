@@ -251,6 +251,8 @@ class ProgressLine(Callback):
             self._bar.update(self._task, description=text, completed=progress)
         else:
             left = self.clock.seconds * (1 - progress) / progress
+            if self.clock.budget_seconds is not None:  # the first steps compile and say little about the others
+                left = min(left, max(0.0, self.clock.budget_seconds - self.clock.seconds))
             print(f"{text}  {progress:.0%}  {left:,.0f} s left", file=sys.stderr, flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
