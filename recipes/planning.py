@@ -82,6 +82,11 @@ def overridden(plan: Plan, overrides: Sequence[str]) -> Plan:
         write_yaml(file, {name: value for name, value in to_plain(plan).items() if name in sections})
         read = load(Plan, [str(file), *overrides], prog="tessera fit")
     check_minutes(read.minutes)
+    if read.scorer.trainer.num_workers:  # said before the stages that come first have trained
+        raise UserError(
+            f"scorer.trainer.num_workers must be 0, for fit makes reconstructions in the process that trains; "
+            f"got {read.scorer.trainer.num_workers}"
+        )
     return replace(plan, **{name: getattr(read, name) for name in sections})
 
 

@@ -1,10 +1,14 @@
-"""A progress bar for things that are counted: a bar with rate and time left on a terminal, nothing elsewhere."""
+"""Progress of things that are counted: a bar with rate and time left on a terminal, now and then a line elsewhere."""
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+_LINE_EVERY_SECONDS = 20.0
 
 
 @contextmanager
@@ -15,6 +19,9 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
         what: the activity, in a word or two.
     """
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(what)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -22,6 +29,21 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
         TaskProgressColumn(show_speed=True),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _lines(what: str) -> Callable[[int, int], None]:
+    began = shown = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown < _LINE_EVERY_SECONDS or not done:
+            return
+        shown = now
+        left = (now - began) * (total - done) / done
+        print(f"{what}  {done:,} of {total:,}  {left:,.0f} s left", file=sys.stderr, flush=True)
+
+    return show

@@ -122,6 +122,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(
         (["scenes", "prior.model.width=3"], "unknown key 'prior.model.width'"),
         (["scenes", "dvae.data.limit=5"], "set data.limit"),
         (["scenes", "prior.shards=elsewhere"], "follow from --out"),
+        (["scenes", "scorer.trainer.num_workers=2"], "num_workers must be 0"),
         (["scenes", "encode.bpe_dropout=0.2"], "follows prior.bpe_dropout"),
         (["scenes", "quickly"], "neither an option nor KEY=VALUE"),
         (["scenes", "--minuets", "3"], "unrecognized arguments"),

@@ -1,0 +1,18 @@
+from types import SimpleNamespace
+
+import pytest
+
+from recipes import progress
+from recipes.progress import counting
+
+
+def test_a_log_file_gets_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter([0.0, 5.0, 25.0, 30.0, 50.0])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    with counting("judging") as on_progress:
+        for done in (1_000, 2_000, 3_000, 4_000):
+            on_progress(done, 4_000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["judging  2,000 of 4,000  25 s left", "judging  4,000 of 4,000  0 s left"]
