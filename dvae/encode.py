@@ -1,30 +1,43 @@
-"""Turns a corpus into token shards with the dVAE of a model folder: `tessera encode key=value ...`."""
+"""Turns a corpus into token shards with the dVAE of a model folder: `tessera encode key=value ...`.
+
+Pictures are read by threads while the model computes, and codes are written as they come: memory does not grow with the
+corpus, and after an interruption the same command goes on.
+"""
 
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dvae.model import DiscreteVAE
 from dvae.model import load as load_vae
 from dvae.pixels import to_float
 from tessera.config import load
 from tessera.data.config import DataConfig
-from tessera.data.corpus import Corpus, load_images
-from tessera.data.shards import ShardIndex, TokenShards, batches, write_shards
+from tessera.data.corpus import Corpus, ManifestCorpus, read_views
+from tessera.data.shards import ShardIndex, ShardWriter, TokenShards
+from tessera.data.views import Views
 from tessera.errors import UserError
 from tessera.model_folder import ModelFolder, write_tokenizer
-from tessera.precision import autocast, resolve_device, resolve_precision
+from tessera.precision import Precision, autocast, resolve_device, resolve_precision
 from tessera.text_tokenizer import TextTokenizer
 
-_BATCH = 128
+# n samples, V views of each, H W image pixels, h w code grid.
+
+# Pixels per forward. On a CPU larger batches leave the caches and are no faster; a GPU wants more to do at once.
+_CPU_PIXELS = 2**19
+_GPU_PIXELS = 2**21
+_LEAST_CROP_SCALE = 0.5  # large JPEGs are decoded at no less than twice the image size
+_LINE_EVERY_SECONDS = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,22 +56,47 @@ class EncodeConfig:
     """T, text positions; null takes what the longest of 999 in 1,000 captions needs, at most 256"""
     bpe_dropout: float = 0.1
     """chance, 0 to 1, that the prior's training skips a merge of the tokenizer: above 0, captions get room for it"""
+    crops: int = 1
+    """views of every picture, of which each epoch of the prior draws one: the first is the picture as it is, the others
+    are random crops of it, keyed by data.seed"""
+    crop_scale: float = 0.8
+    """smallest side of a random crop, 0.5 to 1, as a share of what is seen of the picture without it"""
+    flip: bool = False
+    """mirror half of the random crops left to right; false is right for captions that say "left of" and for pictures
+    with writing in them, which would become untrue and unreadable"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.bpe_dropout < 1:
             raise UserError(f"bpe_dropout must lie in [0, 1); got {self.bpe_dropout}")
+        if self.crops < 1:
+            raise UserError(f"crops must be at least 1; got {self.crops}")
+        if not _LEAST_CROP_SCALE <= self.crop_scale <= 1:
+            raise UserError(f"crop_scale must lie in [{_LEAST_CROP_SCALE}, 1]; got {self.crop_scale}")
+        if self.flip and self.crops == 1:
+            raise UserError("flip mirrors crops and there are none: set crops to 2 or more, or flip to false")
+
+
+class _Encoded(NamedTuple):
+    """What one call has done."""
+
+    images: int
+    seconds: float
+    waiting_seconds: float
 
 
 def encode(config: EncodeConfig) -> dict[str, Any]:
-    """Encodes the training split; returns at once if the shards are there already.
+    """Encodes the training split; goes on where it was interrupted, and returns at once if the shards are there.
 
     Returns:
-        num_samples, grid, text_len, truncated (captions longer than text_len), directory.
+        num_samples, grid, text_len, truncated (captions longer than text_len), directory; and of this call alone:
+        encoded (images), seconds (from the first picture to the last), images_per_second, and waiting_share (of the
+        seconds, in which the model had no pictures), all 0 if there was nothing to do.
 
     Raises:
         UserError: if the model folder has no dvae or the corpus cannot be used.
+        KeyboardInterrupt: after saving, when the user interrupted.
     """
     out, directory = Path(config.out), Path(config.shards)
     folder = ModelFolder.open(out, parts=["dvae"])
@@ -76,17 +114,19 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
     )
     vae = load_vae(folder, device=resolve_device(config.device))
     index = _describe(config, folder, vae, corpus, tokenizer, text_len)
+    done = _Encoded(0, 0.0, 0.0)
     if not _same(directory, index):
-        images = load_images(corpus, directory=config.data.cache_path)
-        # read again: where a file failed and another picture took its place, the captions are now that picture's
-        all_captions = [corpus.captions(index) for index in range(len(corpus))]
-        write_shards(directory, codes=_codes(vae, images), captions=all_captions, index=index)
+        done = _write(directory, index, vae, corpus, all_captions, cache=config.data.cache_path)
     return {
         "num_samples": index.num_samples,
         "grid": [index.grid_height, index.grid_width],
         "text_len": text_len,
         "truncated": int((lengths > text_len).sum()),
         "directory": str(directory),
+        "encoded": done.images,
+        "seconds": done.seconds,
+        "images_per_second": done.images / done.seconds if done.images else 0.0,
+        "waiting_share": done.waiting_seconds / done.seconds if done.images else 0.0,
     }
 
 
@@ -99,14 +139,89 @@ def caption_lengths(
     return np.array([len(tokenizer.encode(text)) for text in distinct[::step]], dtype=np.int64)
 
 
-def _codes(vae: DiscreteVAE, images: NDArray[np.uint8]) -> Iterator[NDArray[np.int64]]:
+def _write(
+    directory: Path,
+    index: ShardIndex,
+    vae: DiscreteVAE,
+    corpus: Corpus,
+    all_captions: Sequence[tuple[str, ...]],
+    *,
+    cache: Path | None,
+) -> _Encoded:
+    """Encodes what the shards still lack."""
     device = next(vae.parameters()).device
     precision = resolve_precision("auto", device)
-    spans = list(batches(len(images), _BATCH))
-    for span in track(spans, description="encode", console=Console(stderr=True), disable=not sys.stderr.isatty()):
-        batch = to_float(torch.from_numpy(images[span.start : span.stop].copy())).to(device)
-        with autocast(precision, device):
-            yield vae.encode(batch).cpu().numpy()
+    views = Views(count=index.crops, crop_scale=index.crop_scale, flip=index.flip, seed=index.crop_seed)
+    pixels = (_CPU_PIXELS if device.type == "cpu" else _GPU_PIXELS) // views.count
+    batch_size = max(1, pixels // (index.image_height * index.image_width))
+    waiting_seconds = 0.0
+    with (
+        ShardWriter(directory, index) as writer,
+        closing(
+            read_views(corpus, views, batch_size=batch_size, start=writer.complete, directory=cache)
+        ) as read_batches,
+        _progress(index.num_samples, first=writer.complete) as show,
+    ):
+        first, began = writer.complete, time.monotonic()
+        while writer.complete < index.num_samples:
+            asked = time.monotonic()
+            pictures = next(read_batches)  # [n, V, H, W, 3]
+            waiting_seconds += time.monotonic() - asked
+            span = range(writer.complete, writer.complete + len(pictures))
+            # Only files are replaced by others, and that is known when they are read; scenes would be described anew.
+            if isinstance(corpus, ManifestCorpus):
+                captions = [corpus.captions(number) for number in span]
+            else:
+                captions = list(all_captions[span.start : span.stop])
+            writer.append(_codes(vae, pictures, precision), captions)
+            seconds = time.monotonic() - began
+            show(_Encoded(writer.complete - first, seconds, waiting_seconds))
+        return _Encoded(writer.complete - first, time.monotonic() - began, waiting_seconds)
+
+
+def _codes(vae: DiscreteVAE, pictures: NDArray[np.uint8], precision: Precision) -> NDArray[np.int64]:
+    """The codes [n, V, h, w] of pictures [n, V, H, W, 3]."""
+    device = next(vae.parameters()).device
+    with torch.inference_mode(), autocast(precision, device):
+        images = to_float(torch.from_numpy(pictures).flatten(0, 1).to(device))  # [n * V, 3, H, W]
+        codes = vae.encode(images).cpu().numpy()
+    return codes.reshape(*pictures.shape[:2], *codes.shape[1:])
+
+
+@contextmanager
+def _progress(total: int, *, first: int) -> Iterator[Callable[[_Encoded], None]]:
+    """Gives a function that shows how far the encoding is: a bar on a terminal, now and then a line elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(total, first)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("encode", total=total, completed=first)
+
+        def show(done: _Encoded) -> None:
+            bar.update(task, description=f"encode  {_pace(done)}", completed=first + done.images)
+
+        yield show
+
+
+def _lines(total: int, first: int) -> Callable[[_Encoded], None]:
+    shown = 0.0
+
+    def show(done: _Encoded) -> None:
+        nonlocal shown
+        if done.seconds - shown < _LINE_EVERY_SECONDS:
+            return
+        shown = done.seconds
+        complete = first + done.images
+        left = done.seconds * (total - complete) / done.images
+        print(f"encode  {complete:,} of {total:,}  {_pace(done)}  {left:,.0f} s left", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _pace(done: _Encoded) -> str:
+    return f"{done.images / done.seconds:,.0f} images/s  waiting {done.waiting_seconds / done.seconds:.0%}"
 
 
 def _describe(
@@ -124,6 +239,11 @@ def _describe(
         codebook_levels=vae.config.code_digits,
         image_height=height,
         image_width=width,
+        crops=config.crops,
+        # what does not matter where there are no crops is always the same, or it would make other shards
+        crop_scale=config.crop_scale if config.crops > 1 else 1.0,
+        flip=config.flip,
+        crop_seed=config.data.seed if config.crops > 1 else 0,
         corpus_name=corpus.name,
         corpus_fingerprint=corpus.fingerprint(),
         dvae_sha256=folder.part_sha256("dvae"),
@@ -143,8 +263,12 @@ def main(argv: Sequence[str]) -> int:
     """The command."""
     config = load(EncodeConfig, argv, prog="tessera encode")
     result = encode(config)
+    images = f"{result['num_samples']:,} images" + (f", {config.crops} views of each," if config.crops > 1 else "")
+    speed = "encoded before"
+    if result["encoded"]:
+        speed = f"{result['images_per_second']:,.0f} images/s, {result['waiting_share']:.0%} waiting for pictures"
     print(
-        f"{result['num_samples']:,} images as {result['grid'][0]}x{result['grid'][1]} codes in {result['directory']}; "
+        f"{images} as {result['grid'][0]}x{result['grid'][1]} codes in {result['directory']}; {speed}; "
         f"{result['text_len']} text positions, {result['truncated']:,} captions cut"
     )
     return 0

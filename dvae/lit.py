@@ -1,23 +1,30 @@
 """The dVAE's training step as a LightningModule."""
 
-from collections import deque
+import logging
+from collections.abc import Callable
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from numpy.typing import NDArray
 from torch import Tensor
 
-from dvae.losses import elbo_scale, kl_weight, pixel_loss, psnr, relaxation_temperature, to_pixels
 from dvae.model import DiscreteVAE
-from dvae.pixels import to_float
-from dvae.schedule import ScheduleConfig
-from dvae.usage import code_usage
-from tessera.training.optim import OptimizerConfig, build_optimizer
+from dvae.objective import Objective
+from dvae.pixels import to_float, to_pixels
+from dvae.similarity import psnr, ssim
+from dvae.usage import UsageWindow
+from tessera.training.optim import OptimizerConfig
 
-# B batch, H W image pixels.
+# B batch, H W image pixels, h w code grid.
 
 # Batches over which codebook usage is counted.
 _USAGE_WINDOW = 50
-_USAGE_EVERY_STEPS = 10
+# Below this share of the codebook, once the first tenth of training is over, something is wrong.
+_COLLAPSED_SHARE, _COLLAPSED_FROM = 0.02, 0.1
+
+_logger = logging.getLogger(__name__)
 
 
 class DiscreteVAELit(pl.LightningModule):
@@ -25,44 +32,69 @@ class DiscreteVAELit(pl.LightningModule):
 
     Args:
         model: the dVAE.
+        objective: what it minimizes.
         optim: rates.
-        schedule: temperature and KL weight of the relaxed quantizer.
+        show: called with the step and the model after every validation; returns a picture uint8 [H, W, 3]; None for
+            no pictures.
     """
 
     progress = 0.0
 
-    def __init__(self, model: DiscreteVAE, *, optim: OptimizerConfig, schedule: ScheduleConfig) -> None:
+    def __init__(
+        self,
+        model: DiscreteVAE,
+        objective: Objective,
+        *,
+        optim: OptimizerConfig,
+        show: Callable[[int, DiscreteVAE], NDArray[np.uint8]] | None = None,
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.objective = model, objective
         self.optim = optim
-        self.schedule = schedule
-        self._recent: deque[Tensor] = deque(maxlen=_USAGE_WINDOW)
+        self._show = show
+        self._window = UsageWindow(model.codebook_size, length=_USAGE_WINDOW)
+        self._warned = False
+
+    def on_fit_start(self) -> None:
+        self.objective.to_device_of(self.model)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         images = to_float(batch["images"])
-        temperature = relaxation_temperature(
-            self.progress, final=self.schedule.final_temperature, share=self.schedule.temperature_share
-        )
-        result = self.model(images, temperature=temperature)
-        reconstruction_loss = pixel_loss(result.output, images, self.model.config.pixel_loss)
-        beta = kl_weight(self.progress, final=self.schedule.kl_weight, share=self.schedule.kl_share)
-        regularizer = result.regularizer * elbo_scale((images.shape[2], images.shape[3]))
-        loss = reconstruction_loss + beta * regularizer
-        self._recent.append(result.codes.detach())
-        self.log_dict({"loss": loss, "pixel_loss": reconstruction_loss})
-        if self.model.config.quantizer == "gumbel":
-            self.log_dict({"kl": regularizer, "kl_weight": beta, "temperature": temperature})
-        if self.trainer.global_step % _USAGE_EVERY_STEPS == 0:
-            usage = code_usage(torch.cat([codes.flatten() for codes in self._recent]), self.model.codebook_size)
-            self.log_dict({"usage": usage.share, "perplexity": usage.perplexity, "dead_codes": float(usage.dead)})
-            pixels = to_pixels(result.output.detach(), self.model.config.pixel_loss)
+        losses = self.objective(self.model, images, progress=self.progress)
+        self._window.add(losses.result.codes)
+        # Lightning's bookkeeping of a dozen values took several milliseconds of every step
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.log_dict({"loss": losses.total, **losses.terms, **losses.schedule})
+            pixels = to_pixels(losses.result.output.detach(), self.model.config.pixels)
             self.log("psnr", psnr(pixels, images).mean())
-        return loss
+            self._log_usage()
+        return losses.total
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         images = to_float(batch["images"])
         reconstruction = self.model.decode(self.model.encode(images))
-        self.log("val_psnr", psnr(reconstruction, images).mean(), batch_size=len(images))
+        figures = {"val_psnr": psnr(reconstruction, images).mean(), "val_ssim": ssim(reconstruction, images).mean()}
+        self.log_dict(figures, batch_size=len(images))
+
+    def on_validation_epoch_end(self) -> None:
+        if self._show is None:
+            return
+        picture = self._show(self.global_step, self.model)
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("reconstructions", picture, self.global_step, dataformats="HWC")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.model, self.optim)
+        return self.objective.build_optimizer(self.model, self.optim)
+
+    def _log_usage(self) -> None:
+        usage = self._window.usage()
+        self.log_dict({"usage": usage.share, "perplexity": usage.perplexity, "dead_codes": float(usage.dead)})
+        if not self._warned and self.progress > _COLLAPSED_FROM and usage.share < _COLLAPSED_SHARE:
+            self._warned = True
+            _logger.warning(
+                "only %d of %d codes are in use, the codebook has collapsed: pictures may be too much alike, or "
+                "optim.learning_rate too high; model.quantizer=fsq has no codebook that could collapse",
+                self.model.codebook_size - usage.dead,
+                self.model.codebook_size,
+            )

@@ -1,44 +1,74 @@
-"""Pixel losses of the dVAE: L1, L2, a mixture, and the logit-Laplace likelihood (Ramesh et al. 2021, appendix A.3)."""
+"""The loss of the dVAE: a weighted sum of named terms, each logged by its name.
+
+Pixel terms are here, among them the logit-Laplace likelihood (Ramesh et al. 2021, appendix A.3); structural similarity,
+LPIPS and the adversarial terms have files of their own, and quantizers bring theirs along.
+"""
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dvae.lpips import Lpips
+from dvae.pixels import Pixels, squeeze_pixels, to_pixels
+from dvae.similarity import ms_ssim, ssim
+from tessera.errors import UserError
+
 # B batch, H W image pixels.
 
-PixelLoss = Literal["mixed", "l1", "l2", "logit_laplace"]
 
-# The paper's epsilon: pixels are squeezed from [0, 1] to [0.1, 0.9], away from the ends where the logit has no bound.
-LOGIT_LAPLACE_EPSILON = 0.1
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the loss terms; 0 switches a term off, and what is off is not computed."""
 
-# "mixed": squared error finds small objects early, when an absolute error would settle for the median color, the
-# background; absolute error keeps edges sharp once squared errors are small.
-_MIXED_SQUARED, _MIXED_ABSOLUTE = 4.0, 0.3
+    l1: float = 0.3
+    """mean absolute error: keeps edges sharp once errors are small"""
+    l2: float = 4.0
+    """mean squared error: finds small objects early, when an absolute error would settle for the background color"""
+    logit_laplace: float = 0.0
+    """the paper's negative log-likelihood, in nats per pixel value; needs model.pixels=logit_laplace"""
+    ssim: float = 0.0
+    """one minus the structural similarity"""
+    ms_ssim: float = 0.0
+    """one minus the multi-scale structural similarity"""
+    lpips: float = 0.0
+    """perceptual distance; needs lpips_backbone and lpips_heads"""
+    lpips_backbone: str | None = None
+    """file with torchvision's VGG16 weights"""
+    lpips_heads: str | None = None
+    """file with the LPIPS heads for VGG16"""
+    kl: float = 1.0
+    """gumbel: KL to the uniform prior after its ramp, divided by the number of pixel values; the paper's beta is 6.6"""
+    commitment: float = 0.25
+    """vq: pulls latents to their codes"""
+    codebook: float = 1.0
+    """vq with update=gradient: pulls codes to their latents"""
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float | int) and not (math.isfinite(value) and value >= 0):
+                raise UserError(f"loss.{field.name} must be a finite weight of at least 0; got {value}")
+        if not any((self.l1, self.l2, self.logit_laplace, self.ssim, self.ms_ssim, self.lpips)):
+            raise UserError(
+                "a dvae needs a reconstruction loss: one of loss.l1, l2, logit_laplace, ssim, ms_ssim, lpips"
+            )
+        if self.lpips and not (self.lpips_backbone and self.lpips_heads):
+            raise UserError(
+                "loss.lpips needs two local files: loss.lpips_backbone (torchvision's vgg16-397923af.pth) and "
+                "loss.lpips_heads (vgg.pth of the lpips package); nothing is downloaded"
+            )
 
-def squeeze_pixels(images: Tensor) -> Tensor:
-    """Maps [0, 1] to [epsilon, 1 - epsilon]."""
-    return (1 - 2 * LOGIT_LAPLACE_EPSILON) * images + LOGIT_LAPLACE_EPSILON
-
-
-def stretch_pixels(squeezed: Tensor) -> Tensor:
-    """The inverse of `squeeze_pixels`."""
-    return (squeezed - LOGIT_LAPLACE_EPSILON) / (1 - 2 * LOGIT_LAPLACE_EPSILON)
-
-
-def out_channels(kind: PixelLoss) -> int:
-    """Channels that the decoder must put out: a color, or a location and a log scale per color."""
-    return 6 if kind == "logit_laplace" else 3
-
-
-def to_pixels(output: Tensor, kind: PixelLoss) -> Tensor:
-    """The image float32 [B, 3, H, W] that a decoder output [B, 3 or 6, H, W] stands for; in [0, 1] up to its error."""
-    if kind == "logit_laplace":
-        return stretch_pixels(torch.sigmoid(output[:, :3].float()))
-    return output.float()
+    def check(self, pixels: Pixels) -> None:
+        """Raises UserError where the terms do not fit what the decoder puts out."""
+        if self.logit_laplace and pixels != "logit_laplace":
+            raise UserError("loss.logit_laplace needs a decoder with model.pixels=logit_laplace; got rgb")
+        if pixels == "logit_laplace" and not self.logit_laplace:
+            raise UserError("model.pixels=logit_laplace learns its scales from loss.logit_laplace, which is 0")
 
 
 def logit_laplace_nll(output: Tensor, images: Tensor) -> Tensor:
@@ -56,75 +86,46 @@ def logit_laplace_nll(output: Tensor, images: Tensor) -> Tensor:
     return (distance * torch.exp(-log_scale) + log_scale + math.log(2) + torch.log(x * (1 - x))).mean()
 
 
-def pixel_loss(output: Tensor, images: Tensor, kind: PixelLoss) -> Tensor:
-    """The reconstruction loss, averaged over the batch and all pixel values.
+def reconstruction_terms(
+    output: Tensor, images: Tensor, *, pixels: Pixels, config: LossConfig, lpips: Lpips | None = None
+) -> dict[str, Tensor]:
+    """The reconstruction losses that have a weight: float32 scalars before their weights, means over the batch.
 
     Args:
-        output: the decoder's float [B, 3, H, W], or [B, 6, H, W] for logit_laplace.
+        output: the decoder's float [B, 3 or 6, H, W].
         images: float [B, 3, H, W] in [0, 1].
-        kind: which loss.
+        pixels: what the output means.
+        config: terms of weight 0 are left out.
+        lpips: the perceptual distance, where it has a weight.
     """
-    if kind == "logit_laplace":
-        return logit_laplace_nll(output, images)
-    if kind == "l1":
-        return F.l1_loss(output.float(), images)
-    if kind == "l2":
-        return F.mse_loss(output.float(), images)
-    error = output.float() - images
-    return _MIXED_SQUARED * error.square().mean() + _MIXED_ABSOLUTE * error.abs().mean()
+    terms: dict[str, Tensor] = {}
+    if config.logit_laplace:
+        terms["logit_laplace"] = logit_laplace_nll(output, images)
+    reconstruction = to_pixels(output, pixels)
+    if config.l1:
+        terms["l1"] = F.l1_loss(reconstruction, images)
+    if config.l2:
+        terms["l2"] = F.mse_loss(reconstruction, images)
+    if config.ssim:
+        terms["ssim"] = 1 - ssim(reconstruction, images).mean()
+    if config.ms_ssim:
+        terms["ms_ssim"] = 1 - ms_ssim(reconstruction, images).mean()
+    if config.lpips:
+        assert lpips is not None
+        terms["lpips"] = lpips(reconstruction, images).mean()
+    return terms
+
+
+def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, Any]) -> Tensor:
+    """The sum of terms, each times the weight that stands under its name."""
+    return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
 
 def elbo_scale(image_shape: tuple[int, int]) -> float:
-    """What brings a divergence summed over the code grid to the scale of `pixel_loss`: one over the pixel values.
+    """What brings a divergence summed over the code grid to the scale of a mean over pixel values: 1 / their number.
 
     With it the weight of the KL term means the same for every batch size and resolution; the paper's 6.6 over 192 per
     grid position of an f = 8 model is this normalization.
     """
     height, width = image_shape
     return 1.0 / (3 * height * width)
-
-
-def relaxation_temperature(progress: float, *, final: float = 1 / 16, share: float = 0.05) -> float:
-    """The Gumbel tau at `progress` in [0, 1]: a cosine from 1 to `final` over the first `share` of training.
-
-    The paper takes 150,000 of 3,000,000 updates, a twentieth. Short runs need a larger share.
-    """
-    done = min(1.0, progress / share) if share > 0 else 1.0
-    return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
-
-
-def kl_weight(progress: float, *, final: float = 6.6, share: float = 1 / 600) -> float:
-    """The weight beta of the KL term at `progress`: a cosine from 0 to `final` over the first `share`, then flat."""
-    done = min(1.0, progress / share) if share > 0 else 1.0
-    return final * (1 - math.cos(math.pi * done)) / 2
-
-
-def psnr(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image, float [B], for pixels in [0, 1]."""
-    error = (reconstruction.float().clamp(0, 1) - images).square().mean(dim=(1, 2, 3))
-    return -10 * torch.log10(error.clamp_min(1e-10))
-
-
-def ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Structural similarity of each image, float [B] (Wang et al. 2004): Gaussian window of 11 pixels, sigma 1.5."""
-    channels = images.shape[1]
-    reach = min(5, (min(images.shape[2:]) - 1) // 2)  # a smaller window where eleven pixels do not fit
-    offsets = torch.arange(-reach, reach + 1, device=images.device, dtype=torch.float32)
-    window = torch.exp(-offsets.square() / (2 * 1.5**2))
-    window = (window / window.sum()).expand(channels, 1, 1, -1)
-
-    def blurred(x: Tensor) -> Tensor:
-        return F.conv2d(F.conv2d(x, window, groups=channels), window.mT, groups=channels)
-
-    # a variance is a small difference of large numbers: autocast would make it one of bf16 numbers
-    with torch.autocast(images.device.type, enabled=False):
-        x, y = reconstruction.float().clamp(0, 1), images.float()
-        mean_x, mean_y = blurred(x), blurred(y)
-        variance_x = blurred(x * x) - mean_x.square()
-        variance_y = blurred(y * y) - mean_y.square()
-        covariance = blurred(x * y) - mean_x * mean_y
-    c1, c2 = 0.01**2, 0.03**2
-    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
-        (mean_x.square() + mean_y.square() + c1) * (variance_x + variance_y + c2)
-    )
-    return similarity.mean(dim=(1, 2, 3))

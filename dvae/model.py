@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dvae.losses import PixelLoss, out_channels, to_pixels
-from dvae.quantizers.fsq import FiniteScalarQuantizer
+from dvae.paper_network import PaperDecoder, PaperEncoder, check_sizes
+from dvae.pixels import Pixels, out_channels, to_pixels
+from dvae.quantizers.api import Quantizer
+from dvae.quantizers.fsq import FiniteScalarQuantizer, FSQActivation
 from dvae.quantizers.gumbel import GumbelQuantizer
+from dvae.quantizers.vq import VectorQuantizer, VQConfig
 from tessera.config import from_plain
 from tessera.data.shards import MAX_CODEBOOK_SIZE
 from tessera.errors import UserError
@@ -22,30 +25,43 @@ from tessera.model_folder import ModelFolder
 
 # B batch, H W image pixels, h w code grid, C channels, K codebook size, f downsampling factor.
 
+# What a pixel may lie outside of [0, 1]: filters of image libraries overshoot at edges.
+_OVERSHOOT = 0.01
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiscreteVAEConfig:
     """Sizes of a `DiscreteVAE`."""
 
-    quantizer: Literal["fsq", "gumbel"] = "fsq"
-    """how latents become codes: fsq (no codebook, cannot collapse) or gumbel (the DALL-E paper's relaxation)"""
+    quantizer: Literal["fsq", "gumbel", "vq"] = "fsq"
+    """how latents become codes: fsq (no codebook, cannot collapse), vq (nearest of learned unit vectors) or gumbel (the
+    DALL-E paper's relaxation)"""
     levels: tuple[int, ...] = (8, 5, 5, 5)
     """fsq: bins per latent channel; the codebook size is their product"""
+    fsq_activation: FSQActivation = "ifsq"
+    """fsq: what bounds the latents: ifsq (a sigmoid that fills the bins of normal latents evenly) or tanh"""
     codebook_size: int = 1024
-    """gumbel: number of codes"""
-    embedding_dim: int = 64
-    """gumbel: channels of one code's embedding"""
+    """all but fsq: number of codes"""
+    embedding_dim: int = 8
+    """all but fsq: channels of one code's embedding"""
+    tied: bool = True
+    """gumbel: logits are the cosines of latents and embeddings, so that small models do not collapse; false for the
+    paper's encoder, which puts out a logit per code"""
+    vq: VQConfig = VQConfig()
+    """vq: how its codebook learns"""
+    network: Literal["patches", "paper"] = "patches"
+    """patches cuts the image into patches at once; paper is the network of the DALL-E paper, at full resolution"""
     patch_size: int = 4
-    """side in pixels of the patches that the stem cuts"""
+    """side in pixels of the patches that the stem cuts; 1 for the paper's network"""
     widths: tuple[int, ...] = (96, 192)
     """channels per resolution, finest first; each further entry halves the resolution, so f = patch_size * 2^(n-1)"""
     blocks: tuple[int, ...] = (2, 3)
     """residual blocks per resolution, in the encoder and again in the decoder"""
     encoder_kernel_size: Literal[1, 3] = 1
-    """side of the encoder's convolutions: 1 makes a code a function of its own f x f pixels, 3 lets it look around"""
-    pixel_loss: PixelLoss = "mixed"
-    """reconstruction loss: mixed, l1, l2 or the paper's logit_laplace; part of the model because it decides what the
-    decoder's channels mean"""
+    """side of the encoder's convolutions: 1 makes a code a function of its own f x f pixels, 3 lets it look around;
+    the paper's network looks around in any case"""
+    pixels: Pixels = "rgb"
+    """what the decoder puts out: rgb is a color, logit_laplace a location and a log scale per color (the paper)"""
 
     def __post_init__(self) -> None:
         if len(self.widths) != len(self.blocks) or not self.widths:
@@ -53,17 +69,21 @@ class DiscreteVAEConfig:
                 f"dvae widths and blocks need one entry per resolution each; "
                 f"got widths={self.widths}, blocks={self.blocks}"
             )
-        if self.patch_size % 2:
-            raise UserError(f"dvae patch_size must be even; got {self.patch_size}")
+        if self.network == "paper":
+            check_sizes(self.widths, self.blocks)
+        if self.network == "paper" and self.patch_size != 1:
+            raise UserError(f"the paper's network cuts no patches: patch_size must be 1; got {self.patch_size}")
+        if self.network == "patches" and self.encoder_kernel_size > 1 and self.patch_size % 2:
+            raise UserError(f"overlapping patches need an even patch_size; got {self.patch_size}")
         if not self.levels or min(self.levels) < 2 or not 2 <= self.num_codes <= MAX_CODEBOOK_SIZE:
             raise UserError(
                 f"a dvae needs 2 to {MAX_CODEBOOK_SIZE} codes and fsq levels of at least 2; "
                 f"got levels={self.levels}, codebook_size={self.codebook_size}"
             )
-        if min(self.widths) < 1 or min(self.blocks) < 0 or self.patch_size < 1:
+        if min(self.widths) < 1 or min(self.blocks) < 0 or self.patch_size < 1 or self.embedding_dim < 1:
             raise UserError(
-                f"dvae sizes must be positive; "
-                f"got patch_size={self.patch_size}, widths={self.widths}, blocks={self.blocks}"
+                f"dvae sizes must be positive; got patch_size={self.patch_size}, widths={self.widths}, "
+                f"blocks={self.blocks}, embedding_dim={self.embedding_dim}"
             )
 
     @property
@@ -177,12 +197,12 @@ class Reconstruction(NamedTuple):
     Attributes:
         output: float32 [B, 3 or 6, H, W], what the decoder put out; `losses.to_pixels` turns it into an image.
         codes: int64 [B, h, w].
-        regularizer: float32 scalar, the quantizer's own loss before its weight.
+        terms: the quantizer's own losses by name, float32 scalars before their weights.
     """
 
     output: Tensor
     codes: Tensor
-    regularizer: Tensor
+    terms: dict[str, Tensor]
 
 
 class DiscreteVAE(nn.Module):
@@ -200,12 +220,23 @@ class DiscreteVAE(nn.Module):
     def __init__(self, config: DiscreteVAEConfig) -> None:
         super().__init__()
         self.config = config
-        if config.quantizer == "fsq":
-            self.quantizer: FiniteScalarQuantizer | GumbelQuantizer = FiniteScalarQuantizer(config.levels)
+        self.quantizer: Quantizer = _quantizer(config)
+        channels = out_channels(config.pixels)
+        self.encoder: nn.Module
+        self.decoder: nn.Module
+        if config.network == "paper":
+            self.encoder = PaperEncoder(
+                widths=config.widths, blocks=config.blocks, codebook_size=self.quantizer.latent_dim
+            )
+            self.decoder = PaperDecoder(
+                widths=config.widths,
+                blocks=config.blocks,
+                embedding_dim=self.quantizer.embedding_dim,
+                out_channels=channels,
+            )
         else:
-            self.quantizer = GumbelQuantizer(config.codebook_size, config.embedding_dim)
-        self.encoder = Encoder(config, self.quantizer.latent_dim)
-        self.decoder = Decoder(config, self.quantizer.embedding_dim, out_channels(config.pixel_loss))
+            self.encoder = Encoder(config, self.quantizer.latent_dim)
+            self.decoder = Decoder(config, self.quantizer.embedding_dim, channels)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
@@ -217,6 +248,11 @@ class DiscreteVAE(nn.Module):
     def downsampling(self) -> int:
         """f, pixels per code along each side."""
         return self.config.downsampling
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight of the decoder's last convolution, through which every loss on pixels reaches the rest."""
+        return self.decoder.pixel_head.weight  # type: ignore[union-attr, return-value]
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """The code grid (h, w) of an image of height x width pixels.
@@ -230,18 +266,23 @@ class DiscreteVAE(nn.Module):
         return height // f, width // f
 
     def forward(self, images: Tensor, *, temperature: float = 1.0) -> Reconstruction:
-        """One training pass over images float [B, 3, H, W] in [0, 1]; `temperature` is the Gumbel tau."""
+        """One training pass over images float [B, 3, H, W] in [0, 1]; `temperature` is the Gumbel tau.
+
+        Raises:
+            ValueError: as `encode`.
+        """
         self._check_images(images)
         latents = self.encoder(images.contiguous(memory_format=torch.channels_last))
         quantized = self.quantizer(latents, temperature=temperature)
-        return Reconstruction(self.decoder(quantized.embedding).float(), quantized.codes, quantized.regularizer)
+        return Reconstruction(self.decoder(quantized.embedding).float(), quantized.codes, quantized.terms)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """The codes int64 [B, H/f, W/f] of images float [B, 3, H, W] in [0, 1].
 
         Raises:
-            ValueError: if the shape is not [B, 3, H, W] with sides divisible by f.
+            ValueError: if the shape is not [B, 3, H, W] with sides divisible by f, the type is not floating, or values
+                are not finite or lie outside [0, 1].
         """
         self._check_images(images)
         latents = self.encoder(images.contiguous(memory_format=torch.channels_last))
@@ -252,21 +293,44 @@ class DiscreteVAE(nn.Module):
         """The images float32 [B, 3, h*f, w*f] in [0, 1] of codes int64 [B, h, w].
 
         Raises:
-            ValueError: if codes are not [B, h, w] or lie outside [0, K).
+            ValueError: if codes are not integers [B, h, w] or lie outside [0, K).
         """
-        if codes.dim() != 3:
-            raise ValueError(f"codes must have shape [batch, rows, columns]; got {tuple(codes.shape)}")
+        if codes.dim() != 3 or codes.is_floating_point():
+            raise ValueError(
+                f"codes must be integers of shape [batch, rows, columns]; got {codes.dtype} {tuple(codes.shape)}"
+            )
         if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.codebook_size):
             raise ValueError(
-                f"codes must lie in [0, {self.codebook_size}); got {int(codes.min())} to {int(codes.max())}"
+                f"codes must lie in [0, {self.codebook_size}), the size of this codebook; "
+                f"got {int(codes.min())} to {int(codes.max())}"
             )
-        embedding = self.quantizer.lookup(codes).contiguous(memory_format=torch.channels_last)
-        return to_pixels(self.decoder(embedding), self.config.pixel_loss).clamp(0, 1)
+        embedding = self.quantizer.lookup(codes.long()).contiguous(memory_format=torch.channels_last)
+        return to_pixels(self.decoder(embedding), self.config.pixels).clamp(0, 1)
 
     def _check_images(self, images: Tensor) -> None:
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images must have shape [batch, 3, height, width]; got {tuple(images.shape)}")
         self.grid(images.shape[2], images.shape[3])
+        if not images.is_floating_point():
+            raise ValueError(
+                f"images must be floating-point numbers in [0, 1]; got {images.dtype}: "
+                "for uint8 [batch, height, width, 3] there is dvae.pixels.to_float"
+            )
+        if images.numel() and not images.is_meta and not torch.compiler.is_compiling():
+            lowest, highest = (float(value) for value in torch.aminmax(images.detach()))
+            # written so that NaN, which compares false with everything, fails too; resizing may overshoot a little
+            if not (lowest >= -_OVERSHOOT and highest <= 1 + _OVERSHOOT):
+                raise ValueError(f"images must hold finite numbers in [0, 1]; got {lowest:g} to {highest:g}")
+
+
+def _quantizer(config: DiscreteVAEConfig) -> FiniteScalarQuantizer | GumbelQuantizer | VectorQuantizer:
+    if config.quantizer == "fsq":
+        return FiniteScalarQuantizer(config.levels, activation=config.fsq_activation)
+    if config.quantizer == "vq":
+        return VectorQuantizer(config.codebook_size, config.embedding_dim, config.vq)
+    # the paper's codebook is a convolution over one-hot codes, with a fan-in of K
+    init_std = config.codebook_size**-0.5 if config.network == "paper" else 1.0
+    return GumbelQuantizer(config.codebook_size, config.embedding_dim, tied=config.tied, init_std=init_std)
 
 
 def load(folder: ModelFolder, *, device: torch.device | str = "cpu") -> DiscreteVAE:

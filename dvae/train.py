@@ -1,7 +1,7 @@
 """Trains the dVAE and exports it into a model folder: `tessera train-dvae CONFIG.yaml key=value ...`."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dvae.adversarial import AdversarialConfig
+from dvae.codebook import draw_codebook
 from dvae.lit import DiscreteVAELit
-from dvae.losses import psnr, ssim
+from dvae.losses import LossConfig
+from dvae.lpips import Lpips
 from dvae.model import DiscreteVAE, DiscreteVAEConfig
+from dvae.objective import Objective
 from dvae.pixels import to_float
+from dvae.reconstruct import encode_images, reconstruct
 from dvae.schedule import ScheduleConfig
+from dvae.sheets import sheet_of_rows
+from dvae.similarity import psnr, ssim
 from dvae.usage import code_usage
 from tessera.config import load, to_plain
 from tessera.data.config import DataConfig
 from tessera.data.corpus import load_images
+from tessera.data.images import save_png
 from tessera.data.order import SampleKey, mix
 from tessera.data.shards import batches
 from tessera.errors import UserError
@@ -32,6 +40,9 @@ from tessera.training.run import TrainerConfig, run_training
 
 _MEASURED_IMAGES = 500
 _VALIDATION_BATCHES = 4
+_SHOWN_IMAGES = 8
+_PANEL_PIXELS = 192  # small pictures are enlarged to about so many
+PICTURES_DIR = "pictures"
 _HELD_IN_MEMORY_BYTES = 2 * 2**30
 
 
@@ -42,9 +53,13 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     """what to train on"""
     model: DiscreteVAEConfig = DiscreteVAEConfig()
-    """sizes"""
+    """quantizer and sizes"""
+    loss: LossConfig = LossConfig()
+    """weights of the terms that are added up"""
+    adversarial: AdversarialConfig = AdversarialConfig()
+    """a discriminator whose judgment is one more term; off by default"""
     schedule: ScheduleConfig = ScheduleConfig()
-    """temperature and KL weight of the gumbel quantizer"""
+    """when the gumbel quantizer's temperature falls and its KL weight rises"""
     optim: OptimizerConfig = OptimizerConfig()
     """rates"""
     trainer: TrainerConfig = TrainerConfig(batch_size=32)
@@ -58,7 +73,7 @@ class TrainConfig:
     out: str = "my-model"
     """model folder that receives the dvae part"""
     run_dir: str = "runs/dvae"
-    """receives checkpoints and metrics; the same command resumes from it"""
+    """receives checkpoints, metrics and pictures; the same command resumes from it"""
 
 
 class ImageBatches:
@@ -155,11 +170,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
         steps, seconds, metrics (see `measure`) and sha256 of the exported part.
 
     Raises:
-        UserError: if the image size does not fit the downsampling, or the corpus cannot be used.
+        UserError: if sizes or losses do not fit together, or the corpus cannot be used.
         KeyboardInterrupt: after saving, when the user interrupted.
     """
     run_dir, folder = Path(config.run_dir), Path(config.out)
-    _check_sizes(config)
+    check_sizes(config)
     train_corpus = config.data.open("train")
     finished = stage.begin(run_dir, config, inputs={"corpus": train_corpus.fingerprint()})
     if finished is not None and _is_exported(folder, finished["sha256"]):
@@ -174,13 +189,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
         validation_images = images[:_MEASURED_IMAGES]
     torch.manual_seed(config.trainer.seed)
     model = DiscreteVAE(config.model)
+    objective = objective_of(config)
     batch_size = config.trainer.batch_size
     validation = [
         {"images": torch.from_numpy(validation_images[b.start : b.stop].copy())}
         for b in list(batches(len(validation_images), batch_size))[:_VALIDATION_BATCHES]
     ]
     result = run_training(
-        DiscreteVAELit(model, optim=config.optim, schedule=config.schedule),
+        DiscreteVAELit(model, objective, optim=config.optim, show=_painter(run_dir, validation_images, config)),
         ImageBatches(
             images,
             flip=config.flip,
@@ -196,6 +212,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     model = model.to(resolve_device(config.trainer.device)).eval()
     metrics = measure(model, validation_images, precision=config.trainer.precision)
+    _save_codebook(run_dir, model, validation_images, config)
     sha256 = write_part(
         folder,
         "dvae",
@@ -214,7 +231,48 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return finished
 
 
-def _check_sizes(config: TrainConfig) -> None:
+def _painter(
+    run_dir: Path, images: NDArray[np.uint8], config: TrainConfig
+) -> Callable[[int, DiscreteVAE], NDArray[np.uint8]]:
+    """Draws what is left of the same few held-out pictures every time."""
+    shown = images[:_SHOWN_IMAGES]
+    precision = resolve_precision(config.trainer.precision, resolve_device(config.trainer.device))
+    scale = max(1, _PANEL_PIXELS // max(config.data.image_size))
+
+    def paint(step: int, model: DiscreteVAE) -> NDArray[np.uint8]:
+        after, codes = reconstruct(model, shown, precision=precision)
+        pair = [to_float(torch.from_numpy(np.array(pictures))) for pictures in (after, shown)]
+        decibels = psnr(pair[0], pair[1]).tolist()
+        picture = sheet_of_rows(shown, after, codes, scale=scale, decibels=decibels, title=f"step {step:,}")
+        save_png(run_dir / PICTURES_DIR / f"reconstructions-{step:09d}.png", picture, {})
+        return picture
+
+    return paint
+
+
+def _save_codebook(run_dir: Path, model: DiscreteVAE, images: NDArray[np.uint8], config: TrainConfig) -> None:
+    precision = resolve_precision(config.trainer.precision, resolve_device(config.trainer.device))
+    codes = encode_images(model, images, precision=precision)
+    counts = np.bincount(codes.ravel(), minlength=model.codebook_size)
+    picture = draw_codebook(model, counts, precision=precision, source=f"{len(images):,} held-out images")
+    save_png(run_dir / PICTURES_DIR / "codebook.png", picture, {})
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    """What a configuration minimizes, with its networks built.
+
+    Raises:
+        UserError: if the files of the perceptual distance cannot be used.
+    """
+    loss, lpips = config.loss, None
+    if loss.lpips:
+        assert loss.lpips_backbone is not None and loss.lpips_heads is not None
+        lpips = Lpips(backbone=Path(loss.lpips_backbone).expanduser(), heads=Path(loss.lpips_heads).expanduser())
+    return Objective(loss=loss, schedule=config.schedule, adversarial=config.adversarial, lpips=lpips)
+
+
+def check_sizes(config: TrainConfig) -> None:
+    """Raises UserError where image size, crops, downsampling and losses do not fit together."""
     height, width = config.data.image_size
     f = config.model.downsampling
     if height % f or width % f:
@@ -226,6 +284,7 @@ def _check_sizes(config: TrainConfig) -> None:
         raise UserError(f"crop must be a multiple of {f} of at most {min(height, width)} pixels; got {config.crop}")
     if config.crop_candidates < 1:
         raise UserError(f"crop_candidates must be at least 1; got {config.crop_candidates}")
+    config.loss.check(config.model.pixels)
 
 
 def _is_exported(folder: Path, sha256: str) -> bool:

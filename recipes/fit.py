@@ -194,7 +194,7 @@ def _reconstruct(plan: Plan, out: Path) -> Reconstruct:
     precision = resolve_precision("auto", next(vae.parameters()).device)
 
     def reconstruct(rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        grids = shards.codes[rows].reshape(-1, index.grid_height, index.grid_width)  # [n, h, w]
+        grids = shards.codes[rows, 0].reshape(-1, index.grid_height, index.grid_width)  # [n, h, w]
         return decode_grids(vae, grids, precision=precision)
 
     return reconstruct

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dvae.reconstruct import code_map
+from dvae.sheets import code_map
 from recipes.accuracy import Judged
 from recipes.charts import line_chart
 from recipes.plan import Plan, stage_seconds

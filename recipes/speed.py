@@ -9,16 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dvae.losses import pixel_loss
 from dvae.model import DiscreteVAE
+from dvae.train import objective_of
 from recipes.plan import DataFacts, Machine, Plan, Speed, layout_for
 from scorer.lit import scorer_loss
 from scorer.model import ClipScorer
 from tessera.precision import autocast, describe_hardware, resolve_device, resolve_precision
 from tessera.training.memory import reuse_freed_memory
-from tessera.training.optim import OptimizerConfig, build_optimizer
+from tessera.training.optim import build_optimizer
 from transformer.lit import prior_loss
 from transformer.model import Prior
 
@@ -35,7 +35,7 @@ def measure_machine(device: str = "auto", precision: str = "auto") -> Machine:
     side = _PRODUCT_SIDE.get(chosen.type, 1024)
     dtype = torch.bfloat16 if format_.name == "bf16" else torch.float32
     left, right = torch.randn(2, side, side, dtype=dtype, device=chosen).unbind(0)
-    seconds = _median_seconds(lambda: left @ right, chosen, budget=0.5)
+    seconds = median_seconds(lambda: left @ right, chosen, budget=0.5)
     hardware = describe_hardware()
     on_gpu = chosen.type == "cuda"
     return Machine(
@@ -75,13 +75,15 @@ def _dvae_step_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> float:
     model = DiscreteVAE(plan.dvae.model).to(device)
     size = (plan.dvae.crop, plan.dvae.crop) if plan.dvae.crop else facts.image_size
     images = torch.rand(plan.dvae.trainer.batch_size, 3, *size, device=device)  # [B, 3, H, W]
+    objective = objective_of(plan.dvae)
+    objective.to_device_of(model)
 
     def loss() -> Tensor:
         with autocast(precision, device):
-            result = model(images)
-        return pixel_loss(result.output, images, plan.dvae.model.pixel_loss) + result.regularizer
+            return objective(model, images, progress=1.0).total
 
-    return _median_seconds(_training_step(model, loss, plan.dvae.optim), device, budget=budget)
+    optimizer = objective.build_optimizer(model, plan.dvae.optim)
+    return median_seconds(training_step(optimizer, loss, clip_norm=plan.dvae.optim.clip_norm), device, budget=budget)
 
 
 def _prior_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> tuple[float, float]:
@@ -99,7 +101,11 @@ def _prior_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> tuple[floa
             output = model(text_ids, codes)
         return prior_loss(output, text_ids, codes, text_vocab_size=layout.text_vocab_size).total
 
-    step_seconds = _median_seconds(_training_step(model, loss, plan.prior.optim), device, budget=0.7 * budget)
+    step_seconds = median_seconds(
+        training_step(build_optimizer(model, plan.prior.optim), loss, clip_norm=plan.prior.optim.clip_norm),
+        device,
+        budget=0.7 * budget,
+    )
 
     model.eval()
     cache = model.new_cache(_DRAWN_TOGETHER)
@@ -112,7 +118,7 @@ def _prior_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> tuple[floa
         # as much work as the sampler's choice of a code
         model.decode(drawn, half, cache).softmax(dim=1).double().cumsum(dim=1)
 
-    token_seconds = _median_seconds(draw, device, budget=0.2 * budget) / _DRAWN_TOGETHER
+    token_seconds = median_seconds(draw, device, budget=0.2 * budget) / _DRAWN_TOGETHER
     vae = DiscreteVAE(plan.dvae.model).eval().to(device)
     grids = torch.zeros(16, layout.grid_height, layout.grid_width, dtype=torch.int64, device=device)
 
@@ -120,7 +126,7 @@ def _prior_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> tuple[floa
         with autocast(precision, device):
             vae.decode(grids)
 
-    return step_seconds, layout.image_len * token_seconds + _median_seconds(decode, device, budget=0.1 * budget) / 16
+    return step_seconds, layout.image_len * token_seconds + median_seconds(decode, device, budget=0.1 * budget) / 16
 
 
 def _scorer_step_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> float:
@@ -151,22 +157,29 @@ def _scorer_step_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> floa
                 contrastive_weight=plan.scorer.contrastive_weight,
             ).total
 
-    return _median_seconds(_training_step(model, loss, plan.scorer.optim), device, budget=budget)
+    return median_seconds(
+        training_step(build_optimizer(model, plan.scorer.optim), loss, clip_norm=plan.scorer.optim.clip_norm),
+        device,
+        budget=budget,
+    )
 
 
-def _training_step(model: nn.Module, loss: Callable[[], Tensor], optim: OptimizerConfig) -> Callable[[], None]:
-    optimizer = build_optimizer(model, optim)
+def training_step(
+    optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], *, clip_norm: float
+) -> Callable[[], None]:
+    """A whole optimizer step, to be timed."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def step() -> None:
         optimizer.zero_grad()
         loss().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
         optimizer.step()
 
     return step
 
 
-def _median_seconds(work: Callable[[], object], device: torch.device, *, budget: float) -> float:
+def median_seconds(work: Callable[[], object], device: torch.device, *, budget: float) -> float:
     """The median time of a call after the first one, which warms up; at least two calls in all."""
     times: list[float] = []
     deadline = time.monotonic() + budget

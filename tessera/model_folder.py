@@ -24,7 +24,7 @@ from tessera.config import to_plain
 from tessera.errors import UserError
 from tessera.plain_yaml import dump_yaml, read_yaml, write_yaml
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PART_NAMES = ("dvae", "prior", "scorer")
 INDEX_FILE = "tessera.yaml"
 TOKENIZER_FILE = "tokenizer.model"

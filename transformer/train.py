@@ -55,7 +55,7 @@ class TrainConfig:
 
 
 class TokenBatches:
-    """A `BatchSource` over some samples of token shards: caption choice, BPE and condition dropout by the key's seed.
+    """A `BatchSource` over token shards: choice of view and caption, BPE and condition dropout by the key's seed.
 
     Args:
         shards: the samples.
@@ -63,6 +63,7 @@ class TokenBatches:
         tokenizer: splits captions.
         condition_dropout: share of captions replaced by the empty one.
         bpe_dropout: chance of a skipped merge.
+        crops: draw from whichever view of a sample; False takes the picture as it is.
     """
 
     def __init__(
@@ -73,9 +74,11 @@ class TokenBatches:
         *,
         condition_dropout: float,
         bpe_dropout: float,
+        crops: bool = True,
     ) -> None:
         self.shards, self.rows, self.tokenizer = shards, rows, tokenizer
         self.condition_dropout, self.bpe_dropout = condition_dropout, bpe_dropout
+        self.num_views = shards.index.crops if crops else 1
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -85,6 +88,7 @@ class TokenBatches:
         seeds = np.array([key.seed for key in keys])
         draws = mix(seeds, 1)  # which caption
         dropped = mix(seeds, 2) < np.uint64(self.condition_dropout * 2**64)
+        views = (mix(seeds, 3) % np.uint64(self.num_views)).astype(np.int64)
         captions = []
         for row, draw, drop in zip(rows, draws, dropped, strict=True):
             choices = self.shards.captions(int(row))
@@ -92,7 +96,7 @@ class TokenBatches:
         text_ids = self.tokenizer.encode_batch(
             captions, text_len=self.shards.index.text_len, dropout=self.bpe_dropout, seeds=[key.seed for key in keys]
         )
-        return {"text_ids": text_ids, "codes": torch.from_numpy(self.shards.codes[rows].astype(np.int64))}
+        return {"text_ids": text_ids, "codes": torch.from_numpy(self.shards.codes[rows, views].astype(np.int64))}
 
 
 def split_rows(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -118,15 +122,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     tokenizer = TextTokenizer(folder.tokenizer_proto())
     check_shards(shards, folder)
     config = replace(config, model=replace(config.model, layout=layout_of(shards, tokenizer)))
-    finished = stage.begin(
-        run_dir,
-        config,
-        inputs={
-            "dvae": shards.index.dvae_sha256,
-            "tokenizer": tokenizer.sha256,
-            "corpus": shards.index.corpus_fingerprint,
-        },
-    )
+    index = shards.index
+    inputs = {"dvae": index.dvae_sha256, "tokenizer": tokenizer.sha256, "corpus": index.corpus_fingerprint}
+    if index.crops > 1:
+        inputs["views"] = f"{index.crops}, crop_scale {index.crop_scale:g}, flip {index.flip}, seed {index.crop_seed}"
+    finished = stage.begin(run_dir, config, inputs=inputs)
     if finished is not None and _is_exported(out, finished["sha256"]):
         return finished
     train_rows, validation_rows = split_rows(len(shards), config.validation_share)
@@ -166,8 +166,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def validation_batches(
     shards: TokenShards, rows: np.ndarray, tokenizer: TextTokenizer
 ) -> list[dict[str, torch.Tensor]]:
-    """The held-out samples with their captions as they are."""
-    source = TokenBatches(shards, rows, tokenizer, condition_dropout=0.0, bpe_dropout=0.0)
+    """The held-out samples with their pictures and captions as they are."""
+    source = TokenBatches(shards, rows, tokenizer, condition_dropout=0.0, bpe_dropout=0.0, crops=False)
     keys = [SampleKey(index, 0) for index in range(len(rows))]
     return [source.batch(keys[span.start : span.stop]) for span in batches(len(keys), _VALIDATION_BATCH)]
 

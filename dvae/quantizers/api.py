@@ -1,6 +1,6 @@
-"""What every quantizer returns, so that the model above needs no knowledge of which one it holds."""
+"""What every quantizer takes and returns, so that the model above needs no knowledge of which one it holds."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -14,9 +14,28 @@ class Quantized(NamedTuple):
         codes: int64 [B, h, w], the hard codes in [0, K).
         embedding: float [B, C, h, w], what the decoder sees. It carries the gradient of the relaxation or of the
             straight-through estimator.
-        regularizer: float scalar, the quantizer's own loss before its weight (zero where it has none).
+        terms: the quantizer's own losses by name, float32 scalars before their weights; empty where it has none.
     """
 
     codes: Tensor
     embedding: Tensor
-    regularizer: Tensor
+    terms: dict[str, Tensor]
+
+
+class Quantizer(Protocol):
+    """An `nn.Module` that turns latents into codes and codes into what the decoder sees."""
+
+    codebook_size: int
+    """K"""
+    latent_dim: int
+    """D, channels that the encoder has to put out"""
+    embedding_dim: int
+    """C, channels of an embedding"""
+
+    def __call__(self, latents: Tensor, *, temperature: float = 1.0) -> Quantized:
+        """Quantizes latents float [B, D, h, w]; `temperature` is the tau of relaxed quantizers, others ignore it."""
+        ...
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """The embeddings float [B, C, h, w] of codes int64 [B, h, w]."""
+        ...

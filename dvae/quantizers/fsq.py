@@ -5,6 +5,7 @@ level indices. There is no codebook to learn, to synchronize or to collapse.
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from dvae.quantizers.api import Quantized
 
 # B batch, D scalar channels (= number of levels), h w code grid, K codebook size.
+
+FSQActivation = Literal["ifsq", "tanh"]
 
 # iFSQ: 2 * sigmoid(1.6 x) - 1 maps a standard normal nearly uniformly onto (-1, 1), so that the bins fill evenly;
 # with tanh the outer bins of a normal latent take most of the mass.
@@ -23,16 +26,18 @@ class FiniteScalarQuantizer(nn.Module):
 
     Args:
         levels: bins per channel, each >= 2. The codebook size K is their product.
+        activation: what bounds a latent: `ifsq`, or the `tanh` of the FSQ paper.
 
     Raises:
         ValueError: if a level is below 2 or there is none.
     """
 
-    def __init__(self, levels: tuple[int, ...]) -> None:
+    def __init__(self, levels: tuple[int, ...], *, activation: FSQActivation = "ifsq") -> None:
         super().__init__()
         if not levels or min(levels) < 2:
             raise ValueError(f"fsq levels must be integers >= 2, at least one of them; got {levels}")
         self.levels = levels
+        self.activation = activation
         self.latent_dim = len(levels)
         self.embedding_dim = len(levels)
         self.codebook_size = math.prod(levels)
@@ -47,12 +52,14 @@ class FiniteScalarQuantizer(nn.Module):
         """
         levels = self._levels.view(1, -1, 1, 1)
         # fp32: a bf16 latent near a bin border would round differently from one machine to the next
-        bounded = 2 * torch.sigmoid(IFSQ_SLOPE * latents.float()) - 1  # [B, D, h, w] in (-1, 1)
+        wide = latents.float()
+        # [B, D, h, w] in (-1, 1)
+        bounded = torch.tanh(wide) if self.activation == "tanh" else 2 * torch.sigmoid(IFSQ_SLOPE * wide) - 1
         index = ((bounded + 1) / 2 * levels).floor().clamp_(torch.zeros_like(levels), levels - 1)
         centers = (2 * index + 1) / levels - 1
         embedding = bounded + (centers - bounded).detach()
         codes = (index.long() * self._radix.view(1, -1, 1, 1)).sum(dim=1)  # [B, h, w]
-        return Quantized(codes=codes, embedding=embedding, regularizer=embedding.new_zeros(()))
+        return Quantized(codes=codes, embedding=embedding, terms={})
 
     def lookup(self, codes: Tensor) -> Tensor:
         """The bin centers of codes int64 [B, h, w] as float [B, D, h, w]."""

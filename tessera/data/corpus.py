@@ -4,18 +4,22 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from tessera.atomic_write import atomic_write
 from tessera.data.images import ImageError, fit_to, open_image, read_file
 from tessera.data.manifest import Manifest, Progress, ingest, split_key
+from tessera.data.read_ahead import read_ahead
 from tessera.data.sources import resolve_inside
+from tessera.data.views import Views, cut_views
 from tessera.errors import UserError
 
 NUM_SCENES = {"train": 20_000, "validation": 1_000}
@@ -94,6 +98,14 @@ class ManifestCorpus:
         Raises:
             UserError: no file of the corpus can be read any more.
         """
+        return fit_to(self.picture(index), self.image_size)
+
+    def picture(self, index: int) -> Image.Image:
+        """Reads picture `index` before it is cropped and resized; a large JPEG at no less than twice the image size.
+
+        Raises:
+            UserError: no file of the corpus can be read any more.
+        """
         try:
             return self._read(self.substitutes.get(index, index))
         except ImageError as error:
@@ -108,19 +120,19 @@ class ManifestCorpus:
         }
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
-    def _read(self, index: int) -> NDArray[np.uint8]:
+    def _read(self, index: int) -> Image.Image:
         record = self.records[index]
         content = read_file(resolve_inside(self.manifest.root, record.source))
         if hashlib.sha256(content).hexdigest() != record.sha256:
             raise ImageError("the file has changed since it was ingested")
-        return fit_to(open_image(content, enough_for=self.image_size), self.image_size)
+        return open_image(content, enough_for=self.image_size)
 
-    def _substitute(self, index: int, error: ImageError) -> NDArray[np.uint8]:
+    def _substitute(self, index: int, error: ImageError) -> Image.Image:
         count = len(self.records)
         for step in range(1, count):
             substitute = (index + step) % count
             try:
-                pixels = self._read(substitute)
+                picture = self._read(substitute)
             except ImageError:
                 continue
             if not self.substitutes:
@@ -130,7 +142,7 @@ class ManifestCorpus:
                     error,
                 )
             self.substitutes[index] = substitute
-            return pixels
+            return picture
         raise UserError(f"no image of {self.manifest.root} can be read any more: {self.records[index].source}: {error}")
 
 
@@ -200,10 +212,12 @@ def load_images(
     shape = (len(corpus), *corpus.image_size, 3)
     if directory is None:
         images = np.empty(shape, np.uint8)
-        for place, pictures in _batches(corpus, on_progress):
-            images[place] = pictures
+        done = 0
+        for views in _reported(corpus, on_progress):
+            images[done : done + len(views)] = views[:, 0]
+            done += len(views)
         return images
-    path = directory / f"images-{corpus.fingerprint()[:16]}.npy"
+    path = _images_path(corpus, directory)
     cached = _map_images(path, shape)
     if cached is not None:
         return cached
@@ -212,8 +226,8 @@ def load_images(
         # Written like any file, not through a map: a full disk is then an error and not the end of the process.
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        for _, pictures in _batches(corpus, on_progress):
-            file.write(pictures.data)
+        for views in _reported(corpus, on_progress):
+            file.write(views.data)
     if isinstance(corpus, ManifestCorpus) and corpus.substitutes:
         # Captions follow substitutions only in the corpus that made them: another run must read the files again.
         path = path.replace(path.with_stem(f"{path.stem}-substituted"))
@@ -223,17 +237,64 @@ def load_images(
     return images
 
 
-def _batches(corpus: Corpus, on_progress: Progress | None) -> Iterator[tuple[slice, NDArray[np.uint8]]]:
-    """All pictures in their order, as (place, uint8 [n, height, width, 3])."""
+def read_views(
+    corpus: Corpus, views: Views, *, batch_size: int, start: int = 0, directory: Path | None = None
+) -> Generator[NDArray[np.uint8], None, None]:
+    """Reads the pictures of a corpus in order, ahead of whoever takes them; memory does not grow with their number.
+
+    Close the iterator when leaving it early. Captions of a picture are right once its batch is there, see
+    `ManifestCorpus`.
+
+    Args:
+        corpus: any corpus.
+        views: what is taken of every picture.
+        batch_size: pictures at once, at least 1; about twice as many wait.
+        start: the first picture, from 0.
+        directory: where `load_images` may have put the pictures; taken from there, they are not made again.
+
+    Yields:
+        uint8 [n, V, height, width, 3], RGB, with n = batch_size but in the last batch.
+    """
+    images = None
+    # Crops of image files are cut from more pixels than the array has.
+    if directory is not None and (views.count == 1 or not isinstance(corpus, ManifestCorpus)):
+        images = _map_images(_images_path(corpus, directory), (len(corpus), *corpus.image_size, 3))
+    if images is not None and views.count == 1:
+        for first in range(start, len(corpus), batch_size):
+            yield np.array(images[first : first + batch_size, None])
+        return
+
+    def read(index: int) -> NDArray[np.uint8]:
+        if images is not None:
+            picture = Image.fromarray(images[index])
+        elif isinstance(corpus, ManifestCorpus):
+            picture = corpus.picture(index)
+        else:
+            picture = Image.fromarray(corpus.image(index))
+        return cut_views(picture, corpus.image_size, views, index=index)
+
     # Decoders release Python's lock; drawing does not, and fonts are not made for several threads.
-    threads = (os.cpu_count() or 1) if isinstance(corpus, ManifestCorpus) else 1
-    with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(corpus), _BATCH):
-            indices = range(start, min(start + _BATCH, len(corpus)))
-            pictures = map(corpus.image, indices) if threads == 1 else pool.map(corpus.image, indices)
-            yield slice(indices.start, indices.stop), np.stack(list(pictures))
+    is_drawn = images is None and not isinstance(corpus, ManifestCorpus)
+    threads = 1 if is_drawn else os.cpu_count() or 1
+    indices = range(start, len(corpus))
+    with closing(read_ahead(read, indices, threads=threads, most_ahead=2 * batch_size)) as pictures:
+        while batch := list(islice(pictures, batch_size)):
+            yield np.stack(batch)
+
+
+def _reported(corpus: Corpus, on_progress: Progress | None) -> Iterator[NDArray[np.uint8]]:
+    """All pictures in their order, uint8 [n, 1, height, width, 3]."""
+    done = 0
+    with closing(read_views(corpus, Views(), batch_size=_BATCH)) as batches:
+        for batch in batches:
+            yield batch
+            done += len(batch)
             if on_progress is not None:
-                on_progress(indices.stop, len(corpus))
+                on_progress(done, len(corpus))
+
+
+def _images_path(corpus: Corpus, directory: Path) -> Path:
+    return directory / f"images-{corpus.fingerprint()[:16]}.npy"
 
 
 def _map_images(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:

@@ -175,7 +175,7 @@ class Saver(Callback):
         due = time.monotonic() - self._saved_at >= self.every_seconds
         due |= self.every_steps is not None and trainer.global_step % self.every_steps == 0
         if due or self.interrupted:
-            self._save(trainer)
+            self.save(trainer)
         if self.interrupted:
             trainer.should_stop = True
 
@@ -190,11 +190,14 @@ class Saver(Callback):
             signal.signal(number, handler)
         self._handlers.clear()
 
-    def _save(self, trainer: pl.Trainer) -> None:
+    def save(self, trainer: pl.Trainer) -> Path:
+        """Saves the state after the steps made so far, unless it is saved already; returns the file."""
+        path = checkpoint_path(self.directory, trainer.global_step)
         if trainer.global_step != self._saved_step:
-            trainer.save_checkpoint(checkpoint_path(self.directory, trainer.global_step))
+            trainer.save_checkpoint(path)
             self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
+        return path
 
 
 class ProgressLine(Callback):
@@ -241,10 +244,11 @@ class ProgressLine(Callback):
         self._shown_at = now
         elapsed = max(now - self.clock.started, 1e-6)
         rate = (trainer.global_step - self.first_step) * self.batch_size / elapsed
-        loss = float(trainer.callback_metrics.get("loss", torch.tensor(float("nan"))))
+        loss = trainer.callback_metrics.get("loss")  # None until the first steps are logged
         text = (
-            f"{self.name}  step {trainer.global_step:,}  loss {loss:.4f}  {rate:,.0f} samples/s  "
-            f"waiting {self.waiting / elapsed:.0%}"
+            f"{self.name}  step {trainer.global_step:,}  "
+            + (f"loss {float(loss):.4f}  " if loss is not None else "")
+            + f"{rate:,.0f} samples/s  waiting {self.waiting / elapsed:.0%}"
         )
         progress = max(float(pl_module.progress), 1e-6)  # type: ignore[arg-type]
         if self._bar:

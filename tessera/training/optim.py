@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ _ADAMW_MATCH = 0.2
 class OptimizerConfig:
     """Muon and AdamW with warm-up, cosine decay and weight averaging."""
 
+    hidden: Literal["muon", "adamw"] = "muon"
+    """what updates the weights of hidden layers; all other parameters are updated by adamw"""
     learning_rate: float = 3e-3
     """peak learning rate"""
     momentum: float = 0.95
@@ -41,6 +43,8 @@ class OptimizerConfig:
     """decay of hidden weights; embeddings, gains and biases are not decayed"""
     warmup: float = 0.03
     """share of training, 0 to 1, over which the rate rises linearly from zero"""
+    decay_share: float = 1.0
+    """share of training at which the rate has fallen to its final value, above warmup and at most 1"""
     final_rate: float = 0.02
     """the rate at the end as a share of the peak"""
     embedding_rate: float = 10.0
@@ -56,18 +60,22 @@ class OptimizerConfig:
                 f"optim needs learning_rate > 0 and warmup and ema_horizon in [0, 1); "
                 f"got {self.learning_rate}, {self.warmup} and {self.ema_horizon}"
             )
+        if not self.warmup < self.decay_share <= 1:
+            raise UserError(
+                f"optim.decay_share must lie above warmup ({self.warmup}) and be at most 1; got {self.decay_share}"
+            )
 
 
 def rate_at(progress: float, config: OptimizerConfig) -> float:
-    """The learning rate's factor at `progress` in [0, 1] of training: linear warm-up, then a cosine to `final_rate`."""
+    """The learning rate's factor at `progress` in [0, 1] of training: warm-up, a cosine to `final_rate`, then flat."""
     if progress < config.warmup:
         return max(progress / config.warmup, 1e-3)
-    done = min(1.0, (progress - config.warmup) / (1 - config.warmup))
+    done = min(1.0, (progress - config.warmup) / (config.decay_share - config.warmup))
     return config.final_rate + (1 - config.final_rate) * (1 + math.cos(math.pi * done)) / 2
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> "MuonAdamW":
-    """Muon for the weights of hidden linear and convolution layers of `module`, AdamW for the rest.
+    """`config.hidden` for the weights of hidden linear and convolution layers of `module`, AdamW for the rest.
 
     A layer is hidden unless its name ends in "head" or "stem", the module's ends toward data, where rows are classes or
     pixels and not directions of one space. Embedding tables, unless they are part of a head, learn `embedding_rate`
@@ -94,7 +102,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """One optimizer, two update rules.
 
     Args:
-        hidden: parameters of 2 or 4 dimensions, updated by Muon; kernels [O, I, h, w] count as matrices [O, I h w].
+        hidden: parameters of 2 or 4 dimensions, updated by `config.hidden` and decayed; Muon takes kernels [O, I, h, w]
+            for matrices [O, I h w].
         rest: parameters of any shape, updated by AdamW.
         config: rates; `learning_rate` applies to all.
         tables: embeddings, updated by AdamW at `embedding_rate` times the learning rate.
@@ -112,13 +121,26 @@ class MuonAdamW(torch.optim.Optimizer):
         groups: list[dict[str, Any]] = []
         if hidden:
             groups.append(
-                {**common, "params": hidden, "rule": "muon", "weight_decay": config.weight_decay, "rate": 1.0}
+                {**common, "params": hidden, "rule": config.hidden, "weight_decay": config.weight_decay, "rate": 1.0}
             )
         if rest:
             groups.append({**common, "params": rest, "rule": "adamw", "rate": 1.0})
         if tables:
             groups.append({**common, "params": tables, "rule": "adamw", "rate": config.embedding_rate})
         super().__init__(groups, defaults={})
+        self._common = common
+
+    def add_network(self, parameters: list[nn.Parameter], *, rate: float, betas: tuple[float, float]) -> None:
+        """Adds a network that learns against the first one, by AdamW; its gradient is clipped apart from all others.
+
+        Args:
+            parameters: of the network.
+            rate: its learning rate as a multiple of the others'.
+            betas: decay rates of its gradient's mean and square.
+        """
+        self.add_param_group(
+            {**self._common, "params": parameters, "rule": "adamw", "rate": rate, "betas": betas, "apart": "adversary"}
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -168,6 +190,8 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        if group.get("weight_decay"):
+            torch._foreach_mul_(cast(list[Tensor], parameters), 1 - group["lr"] * group["weight_decay"])
         roots = torch._foreach_sqrt(squares)
         steps = [self.state[parameter]["steps"] for parameter in parameters]
         torch._foreach_div_(roots, [math.sqrt(1 - beta2**count) for count in steps])

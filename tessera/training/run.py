@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from torch.utils.data import DataLoader
 
 from tessera.data.loader import Batch, BatchSource, KeyedLoader
@@ -19,6 +19,7 @@ from tessera.errors import UserError
 from tessera.precision import resolve_device, resolve_precision
 from tessera.training.callbacks import HorizonAveraging, ProgressClock, ProgressLine, RandomState, Saver
 from tessera.training.checkpoint import AtomicCheckpointIO, checkpoint_step, newest_readable
+from tessera.training.guard import GradientGuard
 from tessera.training.memory import reuse_freed_memory
 from tessera.training.metrics import METRICS_DIR, metrics_version
 from tessera.training.optim import OptimizerConfig
@@ -56,8 +57,14 @@ class TrainerConfig:
     """time between two checkpoints"""
     checkpoint_every_steps: int | None = None
     """steps between two checkpoints, in addition; null for time alone"""
+    stop_after_skipped: int = 20
+    """steps in a row with a loss or gradient that is not finite after which training gives up; each one is skipped"""
+    wandb_project: str | None = None
+    """also log to this project of Weights & Biases; needs the wandb package"""
 
     def __post_init__(self) -> None:
+        if self.stop_after_skipped < 0:
+            raise UserError(f"trainer.stop_after_skipped must be at least 0; got {self.stop_after_skipped}")
         if self.max_steps < 1 or self.batch_size < 1:
             raise UserError(
                 f"trainer needs max_steps and batch_size of at least 1; got {self.max_steps} and {self.batch_size}"
@@ -136,20 +143,12 @@ def run_training(
             precision="bf16-mixed" if precision.name == "bf16" else "32-true",
             max_steps=config.max_steps,
             max_epochs=-1,
-            gradient_clip_val=optim.clip_norm,
-            logger=[
-                CSVLogger(
-                    run_dir,
-                    name=METRICS_DIR,
-                    version=metrics_version(start_step),
-                    flush_logs_every_n_steps=5 * config.log_every_steps,
-                ),
-                TensorBoardLogger(run_dir, name="", version="tensorboard"),
-            ],
+            logger=_loggers(name, config, run_dir, start_step=start_step),
             callbacks=[
                 clock,
                 *averaging,
                 RandomState(),
+                GradientGuard(clip_norm=optim.clip_norm, stop_after=config.stop_after_skipped, saver=saver),
                 saver,
                 *callbacks,
                 ProgressLine(name, clock, batch_size=config.batch_size),
@@ -186,6 +185,27 @@ def run_training(
         module.load_state_dict(torch.load(resume_from, map_location="cpu", weights_only=True)["state_dict"])
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     return TrainingResult(steps=trainer.global_step, seconds=clock.seconds, metrics=metrics)
+
+
+def _loggers(name: str, config: TrainerConfig, run_dir: Path, *, start_step: int) -> list[Logger]:
+    loggers: list[Logger] = [
+        CSVLogger(
+            run_dir,
+            name=METRICS_DIR,
+            version=metrics_version(start_step),
+            flush_logs_every_n_steps=5 * config.log_every_steps,
+        ),
+        TensorBoardLogger(run_dir, name="", version="tensorboard"),
+    ]
+    if config.wandb_project is not None:
+        try:
+            loggers.append(WandbLogger(project=config.wandb_project, name=f"{run_dir.name} {name}", save_dir=run_dir))
+        except ModuleNotFoundError as error:
+            raise UserError(
+                "trainer.wandb_project needs the wandb package: `pip install wandb`, or leave it out: "
+                "CSV and TensorBoard files are written in any case"
+            ) from error
+    return loggers
 
 
 def _silence_lightning() -> None:

@@ -1,21 +1,13 @@
-"""Pixel losses against closed forms, schedules at their ends, metrics on known pictures."""
+"""Loss terms against closed forms, and the settings that cannot be meant."""
 
 import math
 
 import pytest
 import torch
 
-from dvae.losses import (
-    kl_weight,
-    logit_laplace_nll,
-    pixel_loss,
-    psnr,
-    relaxation_temperature,
-    squeeze_pixels,
-    ssim,
-    stretch_pixels,
-    to_pixels,
-)
+from dvae.losses import LossConfig, logit_laplace_nll, reconstruction_terms, weighted_sum
+from dvae.pixels import squeeze_pixels, stretch_pixels
+from tessera.errors import UserError
 
 
 def test_logit_laplace_is_a_density() -> None:
@@ -34,40 +26,54 @@ def test_logit_laplace_is_a_density() -> None:
     assert float(nll) == pytest.approx(-math.log(float(density[..., 1000])), rel=1e-4)
 
 
-def test_pixels_survive_the_squeeze_and_the_likelihoods_best_location() -> None:
-    images = torch.rand(1, 3, 4, 4)
-    torch.testing.assert_close(stretch_pixels(squeeze_pixels(images)), images)
-    output = torch.cat([torch.logit(squeeze_pixels(images)), torch.zeros(1, 3, 4, 4)], dim=1)
-    torch.testing.assert_close(to_pixels(output, "logit_laplace"), images, atol=1e-5, rtol=0)
+def test_a_perfect_picture_costs_nothing_and_a_wrong_one_something() -> None:
+    config = LossConfig(l1=1.0, l2=1.0, ssim=1.0, ms_ssim=1.0)
+    images = torch.rand(2, 3, 24, 32)
+    terms = reconstruction_terms(images, images, pixels="rgb", config=config)
+    assert set(terms) == {"l1", "l2", "ssim", "ms_ssim"}
+    assert max(abs(float(term)) for term in terms.values()) < 1e-5
+    worse = reconstruction_terms(torch.rand(2, 3, 24, 32), images, pixels="rgb", config=config)
+    assert min(float(term) for term in worse.values()) > 0.05
 
 
-@pytest.mark.parametrize("kind", ["mixed", "l1", "l2"])
-def test_a_perfect_picture_costs_nothing(kind: str) -> None:
-    images = torch.rand(2, 3, 4, 4)
-    assert float(pixel_loss(images, images, kind)) == 0  # type: ignore[arg-type]
-    assert float(pixel_loss(images + 0.1, images, kind)) > 0  # type: ignore[arg-type]
+def test_terms_without_a_weight_are_not_computed() -> None:
+    images = torch.rand(1, 3, 16, 16)
+    assert set(reconstruction_terms(images, images, pixels="rgb", config=LossConfig(l2=0.0))) == {"l1"}
 
 
 def test_losses_are_means_over_the_batch() -> None:
-    images, output = torch.rand(1, 3, 8, 8), torch.randn(1, 6, 8, 8)
-    alone = float(logit_laplace_nll(output, images))
-    assert float(logit_laplace_nll(output.expand(5, -1, -1, -1), images.expand(5, -1, -1, -1))) == pytest.approx(alone)
+    images, output = torch.rand(1, 3, 24, 24), torch.randn(1, 6, 24, 24)
+    config = LossConfig(l1=1.0, l2=1.0, ssim=1.0, ms_ssim=1.0, logit_laplace=1.0)
+    alone = reconstruction_terms(output, images, pixels="logit_laplace", config=config)
+    five = [tensor.expand(5, -1, -1, -1) for tensor in (output, images)]
+    together = reconstruction_terms(*five, pixels="logit_laplace", config=config)
+    assert len(alone) == 5
+    for name, term in alone.items():
+        assert float(together[name]) == pytest.approx(float(term), rel=1e-4), name
 
 
-def test_schedules_start_end_and_stay() -> None:
-    assert relaxation_temperature(0.0) == 1
-    assert relaxation_temperature(0.05) == pytest.approx(1 / 16)
-    assert relaxation_temperature(1.0) == pytest.approx(1 / 16)
-    assert relaxation_temperature(0.025) == pytest.approx((1 + 1 / 16) / 2)
-    assert kl_weight(0.0) == 0
-    assert kl_weight(1.0) == pytest.approx(6.6)
-    values = [kl_weight(step / 1000, share=0.5) for step in range(1001)]
-    assert values == sorted(values)
+def test_the_sum_weighs_every_term_by_its_name() -> None:
+    terms = {"l1": torch.tensor(2.0), "commitment": torch.tensor(3.0)}
+    assert float(weighted_sum(terms, {"l1": 0.5, "commitment": 0.25, "l2": 9.0})) == pytest.approx(1.75)
 
 
-def test_psnr_and_ssim_of_known_pictures() -> None:
-    images = torch.full((1, 3, 16, 16), 0.5)
-    assert float(psnr(images + 0.1, images)) == pytest.approx(20, abs=1e-3)
-    noisy = torch.rand(1, 3, 16, 16)
-    assert float(ssim(noisy, noisy)) == pytest.approx(1, abs=1e-5)
-    assert float(ssim(torch.rand(1, 3, 16, 16), noisy)) < 0.3
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"l1": -1.0}, "loss.l1 must be a finite weight of at least 0; got -1"),
+        ({"l2": math.nan}, "loss.l2 must be a finite weight"),
+        ({"l1": 0.0, "l2": 0.0}, "needs a reconstruction loss"),
+        ({"lpips": 1.0}, "two local files: loss.lpips_backbone .*; nothing is downloaded"),
+    ],
+)
+def test_weights_that_cannot_be_meant_are_refused(weights: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        LossConfig(**weights)  # type: ignore[arg-type]
+
+
+def test_the_likelihood_and_the_decoder_must_fit() -> None:
+    with pytest.raises(UserError, match="needs a decoder with model.pixels=logit_laplace; got rgb"):
+        LossConfig(logit_laplace=1.0).check("rgb")
+    with pytest.raises(UserError, match="learns its scales from loss.logit_laplace, which is 0"):
+        LossConfig().check("logit_laplace")
+    LossConfig(logit_laplace=1.0).check("logit_laplace")

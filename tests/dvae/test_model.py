@@ -5,20 +5,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from dvae.losses import PixelLoss, pixel_loss
+from dvae.adversarial import AdversarialConfig
+from dvae.losses import LossConfig
 from dvae.model import DiscreteVAE, DiscreteVAEConfig, load
+from dvae.objective import Objective
+from dvae.pixels import Pixels
+from dvae.schedule import ScheduleConfig
 from tessera.config import to_plain
 from tessera.errors import UserError
 from tessera.model_folder import ModelFolder, write_part
 from tessera.training.optim import OptimizerConfig, build_optimizer
 
 TINY = DiscreteVAEConfig(widths=(16, 24), blocks=(1, 1), levels=(5, 4))
+QUANTIZERS = ["fsq", "gumbel", "vq"]
 
 
-@pytest.mark.parametrize("quantizer", ["fsq", "gumbel"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 @pytest.mark.parametrize(("widths", "f"), [((16,), 4), ((16, 16), 8), ((16, 16, 16), 16)])
-@pytest.mark.parametrize("loss", ["mixed", "logit_laplace"])
-def test_images_become_codes_and_codes_images(quantizer: str, widths: tuple[int, ...], f: int, loss: PixelLoss) -> None:
+@pytest.mark.parametrize("pixels", ["rgb", "logit_laplace"])
+def test_images_become_codes_and_codes_images(quantizer: str, widths: tuple[int, ...], f: int, pixels: Pixels) -> None:
     config = DiscreteVAEConfig(
         quantizer=quantizer,  # type: ignore[arg-type]
         widths=widths,
@@ -26,7 +31,7 @@ def test_images_become_codes_and_codes_images(quantizer: str, widths: tuple[int,
         levels=(5, 4),
         codebook_size=20,
         embedding_dim=8,
-        pixel_loss=loss,
+        pixels=pixels,
     )
     vae = DiscreteVAE(config).eval()
     images = torch.rand(2, 3, 32, 48)
@@ -53,7 +58,7 @@ def test_an_image_has_the_same_codes_alone_or_in_any_batch() -> None:
 
 def test_codes_out_of_range_are_refused() -> None:
     vae = DiscreteVAE(TINY)
-    with pytest.raises(ValueError, match=r"codes must lie in \[0, 20\); got 0 to 20"):
+    with pytest.raises(ValueError, match=r"codes must lie in \[0, 20\), the size of this codebook; got 0 to 20"):
         vae.decode(torch.tensor([[[0, 20]]]))
 
 
@@ -62,6 +67,55 @@ def test_sides_that_do_not_divide_are_refused() -> None:
         DiscreteVAE(TINY).encode(torch.rand(1, 3, 32, 30))
     with pytest.raises(ValueError, match=r"shape \[batch, 3, height, width\]; got \(3, 32, 32\)"):
         DiscreteVAE(TINY).encode(torch.rand(3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (
+            torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
+            r"floating-point numbers in \[0, 1\]; got torch.uint8: .*to_float",
+        ),
+        (torch.zeros(1, 1, 32, 32), r"shape \[batch, 3, height, width\]; got \(1, 1, 32, 32\)"),
+        (torch.full((1, 3, 32, 32), torch.nan), r"finite numbers in \[0, 1\]; got nan to nan"),
+        (torch.rand(1, 3, 32, 32).masked_fill(torch.rand(1, 3, 32, 32) > 0.99, torch.inf), "got .* to inf"),
+        (torch.rand(1, 3, 32, 32) * 255, r"finite numbers in \[0, 1\]; got .* to 2\d\d"),
+    ],
+)
+def test_pixels_that_are_none_are_refused(images: torch.Tensor, message: str) -> None:
+    vae = DiscreteVAE(TINY)
+    with pytest.raises(ValueError, match=message):
+        vae.encode(images)
+    with pytest.raises(ValueError, match=message):
+        vae(images)
+
+
+def test_codes_that_are_none_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"integers of shape \[batch, rows, columns\]; got torch.float32 \(1, 2, 2\)"):
+        DiscreteVAE(TINY).decode(torch.zeros(1, 2, 2))
+    with pytest.raises(ValueError, match=r"got torch.int64 \(2, 2\)"):
+        DiscreteVAE(TINY).decode(torch.zeros(2, 2, dtype=torch.int64))
+
+
+def test_the_papers_network_is_one_setting_away() -> None:
+    config = DiscreteVAEConfig(
+        network="paper",
+        quantizer="gumbel",
+        pixels="logit_laplace",
+        patch_size=1,
+        widths=(8, 16, 16, 32),
+        blocks=(1, 1, 1, 1),
+        codebook_size=32,
+        embedding_dim=16,
+        tied=False,
+    )
+    vae = DiscreteVAE(config).eval()
+    images = torch.rand(2, 3, 32, 48)
+    assert vae.decode(vae.encode(images)).shape == images.shape
+    assert vae.encode(images).shape == (2, 4, 6)
+    assert float(vae.quantizer.codebook.detach().std()) == pytest.approx(32**-0.5, rel=0.2)  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="patch_size must be 1; got 4"):
+        DiscreteVAEConfig(network="paper", quantizer="gumbel")
 
 
 def test_widths_and_blocks_must_pair_up() -> None:
@@ -79,7 +133,7 @@ def test_a_saved_dvae_loads_equal(tmp_path: Path) -> None:
     assert torch.equal(loaded.decode(codes), vae.decode(codes))
 
 
-@pytest.mark.parametrize("quantizer", ["fsq", "gumbel"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_it_overfits_a_few_images(quantizer: str) -> None:
     torch.manual_seed(0)
     config = DiscreteVAEConfig(
@@ -92,12 +146,14 @@ def test_it_overfits_a_few_images(quantizer: str) -> None:
     )
     vae = DiscreteVAE(config)
     images = torch.nn.functional.interpolate(torch.rand(4, 3, 4, 4), size=(32, 32))
+    objective = Objective(
+        loss=LossConfig(kl=0.0), schedule=ScheduleConfig(temperature_share=0.5), adversarial=AdversarialConfig()
+    )
     optimizer = build_optimizer(vae, OptimizerConfig(learning_rate=5e-3))
     for step in range(120):
-        result = vae(images, temperature=max(1 - step / 60, 1 / 16))
-        loss = pixel_loss(result.output, images, "mixed")
+        losses = objective(vae, images, progress=step / 120)
         optimizer.zero_grad()
-        loss.backward()
+        losses.total.backward()
         optimizer.step()
     vae.eval()
     error = (vae.decode(vae.encode(images)) - images).abs().mean()

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from dvae.model import DiscreteVAE, DiscreteVAEConfig
-from dvae.reconstruct import code_map, decode_grids, encode_images, main, reconstruct, sheet_names
+from dvae.reconstruct import decode_grids, encode_images, image_files, main, reconstruct, sheet_names
 from tessera.config import to_plain
-from tessera.errors import run_command
+from tessera.data.images import read_png_text
+from tessera.errors import UserError, run_command
 from tessera.model_folder import write_part
 from tessera.precision import Precision
 
@@ -77,6 +78,50 @@ def test_images_of_equal_stems_get_a_sheet_each(model: str, tmp_path: Path, caps
     assert paths[0].read_bytes() != paths[1].read_bytes()
 
 
+def test_a_folder_stands_for_the_images_in_it(tmp_path: Path) -> None:
+    for name in ("d.png", "b.png", "a.JPG", "e.webp", "c.tiff", "f.gif", ".hidden.png", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "inner.png").mkdir()
+    files = image_files(["x.png", str(tmp_path), "y.png"])
+    inside = ["a.JPG", "b.png", "c.tiff", "d.png", "e.webp", "f.gif"]
+    assert files == ["x.png", *(str(tmp_path / name) for name in inside), "y.png"]
+    with pytest.raises(UserError, match="no images in .*inner.png: expected png"):
+        image_files([str(tmp_path / "inner.png")])
+
+
+def test_all_images_of_a_folder_can_share_one_sheet(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, size in (("b.png", 50), ("a.png", 24)):
+        save(tmp_path / "photos" / name, size)
+    (tmp_path / "photos" / "broken.png").write_bytes(b"no picture")
+    together = tmp_path / "sheets" / "all.png"
+    assert main([model, "photos", "--together", str(together), "--json"]) == 0
+    printed = capsys.readouterr()
+    lines = [json.loads(line) for line in printed.out.splitlines()]
+    assert [(line["image"], line["path"]) for line in lines] == [("a.png", str(together)), ("b.png", str(together))]
+    assert "broken.png" in printed.err
+    assert not (tmp_path / "out").exists(), "no sheets besides"
+    described = json.loads(read_png_text(together)["tessera"])["images"]
+    assert [image["psnr"] for image in described] == [line["psnr"] for line in lines]
+    assert run_command(main, [model, "photos/broken.png", "--together", str(tmp_path / "none.png")]) == 2
+    assert not (tmp_path / "none.png").exists()
+    assert main([model, "photos/a.png", "--together", str(tmp_path / "one.png")]) == 0
+    with Image.open(together) as both, Image.open(tmp_path / "one.png") as one:
+        assert one.height < both.height
+
+
+def test_more_images_than_a_sheet_holds_are_left_out_aloud(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dvae.reconstruct.most_rows", lambda panel_pixels: 2)
+    images = [save(tmp_path / f"{number}.png", 16) for number in range(3)]
+    assert main([model, *images, "--together", str(tmp_path / "all.png")]) == 0
+    printed = capsys.readouterr()
+    assert "shows the first 2 of 3 images" in printed.err and "2 images, on average" in printed.out
+
+
 def test_names_of_sheets_differ_whatever_the_images_are_called() -> None:
     names = sheet_names(["a/x.png", "b/x.jpg", "X.png", "x-2.png", "x-reconstruction.png", "x-reconstruction-2.png"])
     assert names[:3] == ["x-reconstruction.png", "x-reconstruction-2.png", "X-reconstruction-3.png"]
@@ -90,7 +135,10 @@ def test_names_of_sheets_differ_whatever_the_images_are_called() -> None:
         (["{model}", "x.png", "--longest", "wide"], "invalid int value: 'wide'"),
         (["{model}", "x.png", "--colour"], "unrecognized arguments: --colour"),
         (["nowhere", "x.png"], "no such model folder"),
+        (["{model}", "x.png", "--longest", "0"], "--longest must be at least 1 pixel; got 0"),
         (["{model}", "x.png", "--out", __file__], "is a file, expected a folder"),
+        (["{model}", "x.png", "--together", "x.jpg"], "--together must name a .png file in a folder; got x.jpg"),
+        (["{model}", "x.png", "--together", __file__ + "/x.png"], "--together must name a .png file in a folder"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
@@ -99,10 +147,3 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert run_command(main, [argument.format(model=model) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-
-
-def test_equal_codes_have_equal_colors() -> None:
-    picture = code_map(np.array([[5, 7], [7, 5]]), 8, 8)
-    assert (picture.shape, picture.dtype) == ((8, 8, 3), np.uint8)
-    assert (picture[:4, :4] == picture[4:, 4:]).all()
-    assert (picture[:4, :4] != picture[:4, 4:]).any()

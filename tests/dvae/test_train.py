@@ -1,4 +1,4 @@
-"""Training the dVAE as a command: crops, finished runs, errors; encoding with the result."""
+"""Training the dVAE as a command: crops, pictures, logged terms, finished runs, errors."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,14 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dvae.encode import EncodeConfig, encode
+from dvae.adversarial import AdversarialConfig
+from dvae.losses import LossConfig
 from dvae.model import DiscreteVAEConfig
 from dvae.train import ImageBatches, TrainConfig, train
 from tessera.data.config import DataConfig
+from tessera.data.images import open_image
 from tessera.data.order import sample_keys
-from tessera.data.shards import TokenShards
 from tessera.errors import UserError
 from tessera.model_folder import ModelFolder
+from tessera.training.metrics import read_metrics
 from tessera.training.run import TrainerConfig
 
 DATA = DataConfig(path="scenes", image_size=(16, 24), limit=40)
@@ -72,15 +74,31 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         train(tiny(tmp_path, crop=24))
 
 
-def test_a_trained_dvae_encodes(tmp_path: Path) -> None:
+def test_training_draws_what_it_has_learned(tmp_path: Path) -> None:
     train(tiny(tmp_path))
-    config = EncodeConfig(data=DATA, out=str(tmp_path / "model"), shards=str(tmp_path / "shards"), vocab_size=300)
-    result = encode(config)
-    shards = TokenShards(tmp_path / "shards")
-    assert (result["num_samples"], result["grid"]) == (40, [2, 3])
-    assert shards.codes.shape == (40, 6)
-    assert shards.codes.max() < 16
-    assert shards.captions(3) == DATA.open("train").captions(3)
-    written = (tmp_path / "shards" / "codes.u16").stat().st_mtime_ns
-    encode(config)
-    assert (tmp_path / "shards" / "codes.u16").stat().st_mtime_ns == written, "the same shards are not made again"
+    pictures = sorted(path.name for path in (tmp_path / "run" / "pictures").iterdir())
+    assert pictures == ["codebook.png", "reconstructions-000000003.png", "reconstructions-000000006.png"]
+    assert open_image(tmp_path / "run" / "pictures" / "codebook.png").width > 100
+
+
+def test_every_term_is_logged_by_its_name(tmp_path: Path) -> None:
+    config = tiny(
+        tmp_path,
+        model=DiscreteVAEConfig(widths=(8, 16), blocks=(0, 1), quantizer="gumbel", codebook_size=16),
+        loss=LossConfig(l1=0.5, l2=2.0, ssim=0.1),
+        adversarial=AdversarialConfig(weight=0.1, width=4, layers=2, start=0.0, ramp=0.5),
+        trainer=TrainerConfig(
+            max_steps=4, batch_size=4, device="cpu", precision="fp32", validate_every_steps=4, log_every_steps=1
+        ),
+    )
+    train(config)
+    logged = read_metrics(tmp_path / "run")
+    names = {"l1", "l2", "ssim", "kl", "generator", "discriminator", "lecam", "kl_weight", "temperature"}
+    assert names | {"loss", "psnr", "usage", "perplexity", "dead_codes", "val_psnr", "val_ssim"} <= set(logged)
+    assert [step for step, _ in logged["l2"]] == [0, 1, 2, 3]
+
+
+def test_losses_that_do_not_fit_the_decoder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="model.pixels=logit_laplace"):
+        train(tiny(tmp_path, loss=LossConfig(logit_laplace=1.0)))
+    assert not (tmp_path / "run").exists(), "refused before anything is made"

@@ -40,7 +40,7 @@ def run(tmp_path):
 def test_a_model_folder_as_text(model, capsys):
     assert main([str(model)]) == 0
     text = capsys.readouterr().out
-    assert f"sha256 {ModelFolder.open(model).sha256[:12]}, format 2" in text
+    assert f"sha256 {ModelFolder.open(model).sha256[:12]}, format 3" in text
     assert "dvae      1.5 k parameters, 6." in text
     assert "grid 3 x 5 (rows x columns), 64 codes" in text
     assert "16 positions, 270 pieces" in text

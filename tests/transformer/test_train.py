@@ -9,13 +9,13 @@ import torch
 
 from tessera.config import to_plain
 from tessera.data.order import sample_keys
-from tessera.data.shards import ShardIndex, TokenShards, write_shards
+from tessera.data.shards import ShardIndex, ShardWriter, TokenShards
 from tessera.errors import UserError
 from tessera.model_folder import ModelFolder, write_part, write_tokenizer
 from tessera.text_tokenizer import TextTokenizer
 from tessera.training.run import TrainerConfig
 from transformer.model import PriorConfig, load
-from transformer.train import TokenBatches, TrainConfig, split_rows, train
+from transformer.train import TokenBatches, TrainConfig, split_rows, train, validation_batches
 
 CAPTIONS = [(f"a red star number {i}", "a star") for i in range(40)]
 
@@ -23,9 +23,17 @@ CAPTIONS = [(f"a red star number {i}", "a star") for i in range(40)]
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A model folder with something in place of a dvae, and shards made with it."""
-    tokenizer = TextTokenizer.train((text for texts in CAPTIONS for text in texts), vocab_size=320)
-    write_tokenizer(tmp_path / "model", tokenizer.proto)
-    sha256 = write_part(tmp_path / "model", "dvae", config={}, tensors={"weight": torch.zeros(1)})
+    write_part(tmp_path / "model", "dvae", config={}, tensors={"weight": torch.zeros(1)})
+    write_tokenizer(
+        tmp_path / "model", TextTokenizer.train((text for texts in CAPTIONS for text in texts), vocab_size=320).proto
+    )
+    encode(tmp_path, np.random.default_rng(0).integers(0, 11, (40, 1, 2, 3)))
+    return tmp_path
+
+
+def encode(project: Path, codes: np.ndarray) -> None:
+    """Writes codes [40, V, 2, 3] as the shards of the project."""
+    folder = ModelFolder.open(project / "model", parts=["dvae"])
     index = ShardIndex(
         num_samples=40,
         grid_height=2,
@@ -33,15 +41,15 @@ def project(tmp_path: Path) -> Path:
         codebook_size=11,
         image_height=16,
         image_width=24,
+        crops=codes.shape[1],
         corpus_name="test",
         corpus_fingerprint="c",
-        dvae_sha256=sha256,
-        tokenizer_sha256=tokenizer.sha256,
+        dvae_sha256=folder.part_sha256("dvae"),
+        tokenizer_sha256=folder.tokenizer_sha256,
         text_len=8,
     )
-    codes = np.random.default_rng(0).integers(0, 11, (40, 6))
-    write_shards(tmp_path / "shards", codes=[codes], captions=CAPTIONS, index=index)
-    return tmp_path
+    with ShardWriter(project / "shards", index) as writer:
+        writer.append(codes, CAPTIONS)
 
 
 def config_of(project: Path) -> TrainConfig:
@@ -55,11 +63,10 @@ def config_of(project: Path) -> TrainConfig:
     )
 
 
-def batches_of(project: Path, **dropout: float) -> TokenBatches:
+def batches_of(project: Path, *, condition_dropout: float = 0.0, bpe_dropout: float = 0.0) -> TokenBatches:
     shards = TokenShards(project / "shards")
     tokenizer = TextTokenizer(ModelFolder.open(project / "model", parts=["dvae"]).tokenizer_proto())
-    rates = {"condition_dropout": 0.0, "bpe_dropout": 0.0} | dropout
-    return TokenBatches(shards, np.arange(40), tokenizer, **rates)
+    return TokenBatches(shards, np.arange(40), tokenizer, condition_dropout=condition_dropout, bpe_dropout=bpe_dropout)
 
 
 def test_it_trains_and_exports_with_the_layout_of_the_shards(project: Path) -> None:
@@ -101,6 +108,26 @@ def test_bpe_dropout_splits_a_caption_in_many_ways(project: Path) -> None:
     source = batches_of(project, bpe_dropout=0.5)
     keys = [key for key in sample_keys(0, 400, size=40, seed=0) if key.index == 0]
     assert len({tuple(row) for row in source.batch(keys)["text_ids"].tolist()}) > 2
+
+
+def test_every_view_of_a_sample_is_drawn_and_only_the_first_to_validate(project: Path) -> None:
+    encode(project, np.arange(3)[None, :, None, None] + np.zeros((40, 1, 2, 3), np.int64))  # every code says its view
+    source = batches_of(project)
+    drawn = source.batch(sample_keys(0, 400, size=40, seed=0))["codes"]
+    assert (drawn == drawn[:, :1]).all(), "one view at a time"
+    views, counts = drawn[:, 0].unique(return_counts=True)
+    assert views.tolist() == [0, 1, 2] and counts.min() > 90
+    keys = [key for key in sample_keys(0, 400, size=40, seed=0) if key.index == 0]
+    assert len(set(source.batch(keys)["codes"][:, 0].tolist())) == 3, "another epoch, another view"
+    for batch in validation_batches(source.shards, np.arange(40), source.tokenizer):
+        assert (batch["codes"] == 0).all()
+
+
+def test_shards_with_other_views_are_another_run(project: Path) -> None:
+    train(config_of(project))
+    encode(project, np.zeros((40, 2, 2, 3), np.int64))
+    with pytest.raises(UserError, match=r"holds another run: inputs\.views was None and is now '2, crop_scale 1"):
+        train(config_of(project))
 
 
 def test_held_out_rows_are_never_trained_on() -> None:

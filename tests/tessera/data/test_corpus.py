@@ -1,6 +1,8 @@
 import hashlib
 import logging
 import pickle
+import threading
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,9 @@ import pytest
 from PIL import Image
 
 from tessera.data import corpus as corpus_module
-from tessera.data.corpus import Corpus, ManifestCorpus, load_images, open_corpus
+from tessera.data.corpus import Corpus, ManifestCorpus, load_images, open_corpus, read_views
 from tessera.data.manifest import ingest
+from tessera.data.views import Views, cut_views
 from tessera.errors import UserError
 
 SIZE = (16, 24)
@@ -217,6 +220,58 @@ def test_images_with_substitutes_are_not_reused(folder: Path, tmp_path: Path) ->
         corpus = ManifestCorpus(manifest, image_size=SIZE)
         images = load_images(corpus, directory=tmp_path / "cache")
         assert (images[2] == original(3)).all() and corpus.captions(2) == ("picture 3",)
+
+
+def all_views(
+    corpus: Corpus, views: Views, *, batch_size: int = 3, start: int = 0, directory: Path | None = None
+) -> np.ndarray:
+    return np.concatenate(list(read_views(corpus, views, batch_size=batch_size, start=start, directory=directory)))
+
+
+def test_views_are_the_same_in_any_batches_from_any_start(corpus: ManifestCorpus) -> None:
+    views = Views(count=3, seed=5)
+    whole = all_views(corpus, views)
+    assert whole.shape == (8, 3, *SIZE, 3)
+    assert (all_views(corpus, views, batch_size=100) == whole).all()
+    assert (all_views(corpus, views, batch_size=1, start=5) == whole[5:]).all()
+    assert [len(batch) for batch in read_views(corpus, Views(), batch_size=3, start=1)] == [3, 3, 1]
+    for index in range(8):
+        assert (whole[index, 0] == corpus.image(index)).all()
+        assert (whole[index] == cut_views(corpus.picture(index), SIZE, views, index=index)).all()
+
+
+def test_images_that_were_loaded_before_are_not_made_again(tmp_path: Path) -> None:
+    load_images(Counted(20), directory=tmp_path)
+    drawn, loaded = Counted(20), Counted(20)
+    for views in (Views(), Views(count=2)):
+        assert (all_views(loaded, views, start=7, directory=tmp_path) == all_views(drawn, views, start=7)).all()
+    assert (drawn.num_images, loaded.num_images) == (26, 0)
+
+
+def test_crops_of_files_are_cut_from_all_their_pixels(folder: Path, tmp_path: Path) -> None:
+    corpus = ManifestCorpus(ingest(folder), image_size=(8, 8))
+    load_images(corpus, directory=tmp_path)
+    views = Views(count=2)
+    assert (all_views(corpus, views, directory=tmp_path) == all_views(corpus, views)).all()
+    (folder / "000.png").unlink()
+    assert (all_views(corpus, Views(), directory=tmp_path)[0, 0] != corpus.image(1)).any(), "read from the array"
+
+
+def test_captions_follow_the_pictures_of_a_batch(corpus: ManifestCorpus, folder: Path) -> None:
+    (folder / "003.png").unlink()
+    captions = []
+    with closing(read_views(corpus, Views(count=2), batch_size=2)) as batches:
+        for pictures in batches:
+            captions += [corpus.captions(len(captions) + number)[0] for number in range(len(pictures))]
+    assert captions == [f"picture {number}" for number in (0, 1, 2, 4, 4, 5, 6, 7)]
+
+
+def test_a_reader_that_stops_early_leaves_no_thread_behind(corpus: ManifestCorpus) -> None:
+    before = threading.active_count()
+    with closing(read_views(corpus, Views(), batch_size=1)) as batches:
+        next(batches)
+        assert threading.active_count() > before
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -37,6 +37,32 @@ def test_the_rest_is_updated_like_adamw() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
+def test_hidden_weights_can_be_left_to_adamw_with_its_decay() -> None:
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(5, 4, bias=False), nn.Linear(5, 4, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    first = build_optimizer(ours, OptimizerConfig(hidden="adamw", learning_rate=0.02, weight_decay=0.3))
+    second = torch.optim.AdamW(theirs.parameters(), lr=0.02, betas=(0.9, 0.95), weight_decay=0.3)
+    for _ in range(5):
+        gradient = torch.randn(4, 5)
+        ours.weight.grad, theirs.weight.grad = gradient.clone(), gradient.clone()
+        first.step()
+        second.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def test_another_network_has_a_rate_of_its_own() -> None:
+    model, judge = nn.Linear(3, 3), nn.Linear(3, 1)
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=0.1))
+    optimizer.add_network(list(judge.parameters()), rate=0.25, betas=(0.5, 0.9))
+    before = judge.weight.detach().clone()
+    judge(torch.ones(1, 3)).sum().backward()
+    optimizer.param_groups[-1]["lr"] = 0.1 * optimizer.param_groups[-1]["rate"]  # as the clock sets it
+    optimizer.step()
+    torch.testing.assert_close(before - judge.weight, torch.full((1, 3), 0.025))
+    assert optimizer.param_groups[-1]["apart"], "its gradient is not clipped with the model's"
+
+
 def test_heads_embeddings_and_gains_are_left_to_adamw() -> None:
     model = nn.ModuleDict(
         {
@@ -93,6 +119,15 @@ def test_the_schedule_warms_up_and_decays() -> None:
     assert rate_at(1.0, config) == pytest.approx(0.05)
     rates = [rate_at(0.1 + 0.009 * step, config) for step in range(101)]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_the_rate_may_have_fallen_before_the_end() -> None:
+    config = OptimizerConfig(warmup=0.0, decay_share=0.4, final_rate=0.0125)  # the dVAE of the DALL-E paper
+    assert rate_at(0.2, config) == pytest.approx((1 + 0.0125) / 2)
+    assert rate_at(0.4, config) == pytest.approx(0.0125)
+    assert rate_at(0.7, config) == pytest.approx(0.0125)
+    with pytest.raises(UserError, match=r"above warmup \(0.5\) and be at most 1; got 0.4"):
+        OptimizerConfig(warmup=0.5, decay_share=0.4)
 
 
 def test_impossible_rates_are_refused() -> None:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from dvae.adversarial import AdversarialConfig
 from dvae.lit import DiscreteVAELit
 from dvae.model import DiscreteVAE, DiscreteVAEConfig
-from dvae.schedule import ScheduleConfig
-from dvae.train import ImageBatches
+from dvae.train import ImageBatches, TrainConfig, objective_of
 from tessera.data.corpus import load_images
 from tessera.data.scenes import ScenesCorpus
 from tessera.errors import UserError
@@ -53,7 +53,12 @@ class StopAt(Callback):
 
 
 def run(
-    run_dir: Path, *extra: Callback, quantizer: str = "fsq", optim: OptimizerConfig = OPTIM, **options: Any
+    run_dir: Path,
+    *extra: Callback,
+    quantizer: str = "fsq",
+    optim: OptimizerConfig = OPTIM,
+    adversarial: AdversarialConfig | None = None,
+    **options: Any,
 ) -> tuple[TrainingResult, dict, list[float]]:
     torch.manual_seed(0)
     model = DiscreteVAE(
@@ -64,7 +69,7 @@ def run(
         TrainerConfig(max_steps=12, batch_size=4, precision="fp32", device="cpu", checkpoint_every_steps=5), **options
     )
     result = run_training(
-        DiscreteVAELit(model, optim=optim, schedule=ScheduleConfig()),
+        DiscreteVAELit(model, objective_of(TrainConfig(adversarial=adversarial or AdversarialConfig())), optim=optim),
         ImageBatches(load_images(ScenesCorpus(16, image_size=(16, 16))), flip=True),
         name="test",
         config=config,
@@ -75,12 +80,20 @@ def run(
     return result, model.state_dict(), losses.values
 
 
-@pytest.mark.parametrize("quantizer", ["fsq", "gumbel"])
+@pytest.mark.parametrize("quantizer", ["fsq", "gumbel", "vq"])
 def test_a_killed_run_resumes_to_the_same_losses_and_weights(tmp_path: Path, quantizer: str) -> None:
-    whole, expected, losses = run(tmp_path / "whole", quantizer=quantizer)
+    check_resuming(tmp_path, quantizer=quantizer)
+
+
+def test_a_run_with_an_adversary_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    check_resuming(tmp_path, adversarial=AdversarialConfig(weight=0.1, width=4, layers=2, start=0.1, ramp=0.2))
+
+
+def check_resuming(tmp_path: Path, **options: Any) -> None:
+    whole, expected, losses = run(tmp_path / "whole", **options)
     with pytest.raises(RuntimeError, match="killed"):
-        run(tmp_path / "killed", StopAt(8), quantizer=quantizer)
-    resumed, weights, later_losses = run(tmp_path / "killed", quantizer=quantizer)
+        run(tmp_path / "killed", StopAt(8), **options)
+    resumed, weights, later_losses = run(tmp_path / "killed", **options)
     assert resumed.steps == whole.steps == 12
     assert later_losses == losses[5:], "it must go on after the checkpoint of step 5"
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
@@ -210,3 +223,13 @@ def test_checkpoints_load_without_unpickling_code(tmp_path: Path) -> None:
 def test_several_processes_are_refused_for_now(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not supported yet; got trainer.num_devices=2"):
         run(tmp_path, num_devices=2)
+
+
+def test_wandb_is_an_option_that_nobody_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(**settings: Any) -> None:
+        raise ModuleNotFoundError("No module named 'wandb'")
+
+    monkeypatch.setattr("tessera.training.run.WandbLogger", missing)
+    run(tmp_path / "without", max_steps=1)
+    with pytest.raises(UserError, match="needs the wandb package: `pip install wandb`, or leave it out"):
+        run(tmp_path / "with", max_steps=1, wandb_project="mosaics")

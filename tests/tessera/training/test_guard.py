@@ -1,0 +1,116 @@
+"""Steps without a finite gradient: they change nothing, are counted, and too many in a row end the run, saved."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tessera.data.loader import Batch
+from tessera.data.order import SampleKey
+from tessera.errors import UserError
+from tessera.training.checkpoint import checkpoints
+from tessera.training.metrics import read_metrics
+from tessera.training.optim import OptimizerConfig, build_optimizer
+from tessera.training.run import TrainerConfig, TrainingResult, run_training
+
+OPTIM = OptimizerConfig(warmup=0.0, ema_horizon=0.0, clip_norm=0.5)
+
+
+class Ones:
+    """The same sample for ever."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def batch(self, keys: Sequence[SampleKey]) -> Batch:
+        return {"x": torch.ones(len(keys), 3)}
+
+
+class Lit(pl.LightningModule):
+    """A regression whose loss a function of the step may spoil."""
+
+    progress = 0.0
+
+    def __init__(self, spoiled: Callable[[int, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model = nn.Linear(3, 1)
+        self.spoiled = spoiled
+        self.weights: list[Tensor] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.weights.append(self.model.weight.detach().clone())
+        loss = self.spoiled(self.global_step, self.model(batch["x"]).square().mean())
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.model, OPTIM)
+
+
+def run(run_dir: Path, lit: Lit, *, steps: int = 8, stop_after: int = 3) -> TrainingResult:
+    config = TrainerConfig(
+        max_steps=steps,
+        batch_size=2,
+        device="cpu",
+        precision="fp32",
+        stop_after_skipped=stop_after,
+        checkpoint_every_steps=1,
+        log_every_steps=1,
+    )
+    return run_training(lit, Ones(), name="test", config=config, optim=OPTIM, run_dir=run_dir)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_loss_that_is_not_finite_skips_its_step_and_is_counted(
+    tmp_path: Path, value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    lit = Lit(lambda step, loss: loss * value if step in (2, 3, 5) else loss)
+    with caplog.at_level(logging.WARNING):
+        result = run(tmp_path, lit)
+    assert result.steps == 8
+    unchanged = [torch.equal(before, after) for before, after in zip(lit.weights, lit.weights[1:], strict=False)]
+    assert [step for step, same in enumerate(unchanged) if same] == [2, 3, 5]
+    assert torch.isfinite(lit.model.weight).all()
+    counted = dict(read_metrics(tmp_path)["skipped_steps"])
+    assert [counted.get(step) for step in range(8)] == [None, None, 1, 2, 2, 3, 3, 3]
+    assert "step 3 skipped: its loss or gradient is not finite (1 skipped so far)" in caplog.text
+
+
+def test_a_finite_loss_with_an_infinite_gradient_is_skipped_too(tmp_path: Path) -> None:
+    lit = Lit(lambda step, loss: (0 * loss).sqrt() if step == 1 else loss)
+    run(tmp_path, lit, steps=3)
+    assert torch.equal(lit.weights[1], lit.weights[2])
+    assert not torch.equal(lit.weights[0], lit.weights[1])
+
+
+def test_too_many_in_a_row_end_the_run_with_the_last_good_state_saved(tmp_path: Path) -> None:
+    lit = Lit(lambda step, loss: loss * torch.nan if step >= 4 else loss)
+    with pytest.raises(
+        UserError, match=r"not finite in 4 steps in a row, up to step 8: .*step-000000007.ckpt; a lower"
+    ):
+        run(tmp_path, lit, steps=50)
+    saved = torch.load(checkpoints(tmp_path / "checkpoints")[-1], weights_only=True)["state_dict"]["model.weight"]
+    assert torch.equal(saved, lit.weights[4])
+    assert torch.isfinite(saved).all()
+
+
+def test_a_good_step_starts_the_count_in_a_row_again(tmp_path: Path) -> None:
+    lit = Lit(lambda step, loss: loss * torch.nan if step % 4 else loss)
+    assert run(tmp_path, lit, steps=16, stop_after=3).steps == 16
+
+
+def test_the_gradient_is_clipped(tmp_path: Path) -> None:
+    norms: list[float] = []
+
+    class Watching(Lit):
+        def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+            gradients = [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
+            if gradients:
+                norms.append(float(torch.cat(gradients).norm()))
+
+    run(tmp_path, Watching(lambda step, loss: 1e4 * loss), steps=4)
+    assert norms and max(norms) == pytest.approx(0.5, rel=1e-3)
