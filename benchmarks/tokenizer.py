@@ -34,11 +34,11 @@ from benchmarks.record import Row, write_results
 from benchmarks.tokenizer_contestants import (
     ADVERSARIAL,
     DEFAULT,
-    ONLY_BY_TIME,
     OURS,
     PEER_PARAMETERS,
     PEER_VERSION,
     PEERS,
+    SIDE_ISSUES,
     num_parameters,
     ours_settings,
     peer_settings,
@@ -65,9 +65,6 @@ CLAIM = (
 )
 _LONGEST_SECONDS = 3600.0  # that the step times could take: the schedules move slowly beneath them
 
-# Texture is what comes last: the discriminator gets three times as long as the others, and so does its counterpart.
-_ADVERSARIAL_TIMES = 3
-
 _SECTIONS = ("seconds", "steps", "adversarial", "seeds", "times", "encode")
 _CORPORA: tuple[CorpusName, ...] = ("emoji", "scenes")
 
@@ -82,6 +79,8 @@ class Scale(NamedTuple):
     num_seeds: int
     steps: int
     seconds: float
+    seed_seconds: float
+    """training time where seeds are compared"""
     batch_size: int
     """where steps are equal, and for the step times"""
     limit: int | None
@@ -98,8 +97,9 @@ FULL = Scale(
     peers=tuple(PEERS),
     sections=_SECTIONS,
     num_seeds=5,
-    steps=600,
-    seconds=120.0,
+    steps=200,
+    seconds=100.0,
+    seed_seconds=50.0,
     batch_size=32,
     limit=None,
     rounds=7,
@@ -112,6 +112,7 @@ QUICK = FULL._replace(
     sections=("seconds", "times", "encode"),
     num_seeds=1,
     seconds=10.0,
+    seed_seconds=10.0,
     limit=2000,
     rounds=3,
     slice_seconds=1.0,
@@ -122,6 +123,7 @@ DRY = FULL._replace(
     num_seeds=2,
     steps=3,
     seconds=0.5,
+    seed_seconds=0.4,
     batch_size=4,
     limit=60,
     rounds=2,
@@ -137,35 +139,32 @@ def plan(scale: Scale, *, with_peer: bool) -> list[tuple[str, Job]]:
         for f in scale.fs:
             for corpus in _CORPORA:
                 for name in contestants:
-                    if until == "steps" and name in ONLY_BY_TIME:
+                    if name in SIDE_ISSUES and (until, f, corpus) != ("steps", 8, "emoji"):
                         continue
                     job = Job(contestant=name, corpus=corpus, f=f, until=until, amount=amount)
                     jobs.append((until, job))
     reference = Job(contestant=DEFAULT, corpus="emoji", f=8, until="seconds", amount=scale.seconds)
-    for name in (DEFAULT, ADVERSARIAL):
-        job = replace(reference, contestant=name, amount=_ADVERSARIAL_TIMES * scale.seconds)
-        jobs.append(("adversarial", job))
-    for seed in range(1, scale.num_seeds):
-        jobs += [("seeds", replace(reference, contestant=name, seed=seed)) for name in SEEDED]
+    jobs.append(("adversarial", replace(reference, contestant=ADVERSARIAL)))
+    for seed in range(scale.num_seeds):
+        short = replace(reference, seed=seed, amount=scale.seed_seconds)
+        jobs += [("seeds", replace(short, contestant=name)) for name in SEEDED]
     return [(section, job) for section, job in jobs if section in scale.sections]
 
 
 def compare(results: Results, corpora: Mapping[CorpusName, Pictures], scale: Scale, place: Place) -> Image.Image | None:
     """The picture of all contestants at f = 8 and equal time: emoji of unseen designs above, scenes below."""
+    names = (*scale.peers, *scale.ours, ADVERSARIAL)
+    shown = {job.contestant for job in results if job.amount == scale.seconds and job.f == 8}
     columns: dict[str, list[NDArray[np.uint8]]] = {"original": []}
-    longer = _ADVERSARIAL_TIMES * scale.seconds
-    shown = [(name, scale.seconds) for name in (*scale.peers, *scale.ours)] + [(DEFAULT, longer), (ADVERSARIAL, longer)]
-    shown = [pair for pair in shown if pair in {(job.contestant, job.amount) for job in results}]
     for corpus, rows in (("emoji", slice(1, 16, 2)), ("scenes", slice(0, 16, 5))):
         held_out = np.load(corpora[corpus].held_out)
         original = held_out[spread(len(held_out))[rows]]
         columns["original"].append(original)
-        for name, amount in shown:
-            job = Job(contestant=name, corpus=corpus, f=8, until="seconds", amount=amount)
+        for name in (name for name in names if name in shown):
+            job = Job(contestant=name, corpus=corpus, f=8, until="seconds", amount=scale.seconds)
             kept = kept_pictures(place, job) if job in results else None
             blank = np.full_like(original, 255)
-            label = name if amount == scale.seconds else f"{name}, {_ADVERSARIAL_TIMES}x the time"
-            columns.setdefault(label, []).append(blank if kept is None else kept[rows])
+            columns.setdefault(name, []).append(blank if kept is None else kept[rows])
     if not shown:
         return None
     return picture({name: np.concatenate(parts) for name, parts in columns.items()})
@@ -194,7 +193,11 @@ def main(argv: Sequence[str]) -> int:
 
     corpora = {name: prepare(name, work / "corpora" / name, limit=scale.limit) for name in _CORPORA}
     results, failed = _train_all(scale, only, corpora, place)
-    rows = [*comparison_rows(results), *seed_rows(results, seconds=scale.seconds), *design_rows(results)]
+    rows = [
+        *comparison_rows(results, seconds=scale.seconds),
+        *seed_rows(results, seconds=scale.seed_seconds),
+        *design_rows(results, seconds=scale.seconds),
+    ]
     raw: list[Any] = [{"name": job.name, **result} for job, result in results.items()]
     if "times" in scale.sections:
         seconds = _step_times(scale, corpora["emoji"], place, measure_now="times" in only)

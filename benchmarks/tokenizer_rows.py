@@ -24,10 +24,10 @@ _USAGE_GOALS = {"fsq": 0.95, "vq": 0.95, "gumbel": 0.6}
 _LEAD_DB, _STEP_RATIO = 3.0, 2.0
 
 
-def comparison_rows(results: Results) -> Iterator[Row]:
-    """Ours against the better one of the peers, for every corpus and downsampling."""
+def comparison_rows(results: Results, *, seconds: float) -> Iterator[Row]:
+    """Ours against the better peer for every corpus and downsampling, at equal steps and after so many `seconds`."""
     for job, ours in results.items():
-        if job.contestant not in OURS or job.seed:
+        if job.contestant not in OURS or job.seed or (job.until == "seconds" and job.amount != seconds):
             continue
         peers = [results[peer] for peer in (replace(job, contestant=name) for name in PEERS) if peer in results]
         shared = "equal steps" if job.until == "steps" else "equal time"
@@ -67,10 +67,12 @@ def seed_rows(results: Results, *, seconds: float) -> Iterator[Row]:
         yield Row(f"{place}: PSNR", min(decibels), "dB", f"best seed: {max(decibels):.2f}", None, 0.0)
 
 
-def design_rows(results: Results) -> Iterator[Row]:
+def design_rows(results: Results, *, seconds: float) -> Iterator[Row]:
     """Unseen designs next to the drawings trained on, without and with a discriminator; sharpness below 1 is blur."""
     for job, result in results.items():
-        if job.corpus != "emoji" or job.until != "seconds" or job.seed or job.contestant not in (DEFAULT, ADVERSARIAL):
+        if (job.corpus, job.until, job.amount) != ("emoji", "seconds", seconds) or job.seed:
+            continue
+        if job.contestant not in (DEFAULT, ADVERSARIAL):
             continue
         for figure, unit in (("psnr", "dB"), ("ssim", ""), ("sharpness", "of the originals'")):
             against = f"drawings trained on: {result['seen'][figure]:.4g}"
@@ -116,14 +118,13 @@ def picture(columns: Mapping[str, NDArray[np.uint8]], *, scale: int = 2) -> Imag
         scale: screen pixels per pixel.
     """
     count, height, width = next(iter(columns.values())).shape[:3]
-    gap, head = 6, 34
+    gap, head = 6, 20
     across, down = scale * width + gap, scale * height + gap
     canvas = Image.new("RGB", (gap + len(columns) * across, head + count * down), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     for column, (name, images) in enumerate(columns.items()):
         x = gap + column * across
-        for line, part in enumerate(name.split(", ")):
-            draw.text((x, 2 + 14 * line), part, fill="black", font=font)
+        draw.text((x, 2), name, fill="black", font=font)
         for row, image in enumerate(images):
             enlarged = Image.fromarray(image).resize((scale * width, scale * height), Image.Resampling.NEAREST)
             canvas.paste(enlarged, (x, head + row * down))

@@ -80,10 +80,14 @@ class DiscreteVAEConfig:
                 f"a dvae needs 2 to {MAX_CODEBOOK_SIZE} codes and fsq levels of at least 2; "
                 f"got levels={self.levels}, codebook_size={self.codebook_size}"
             )
-        if min(self.widths) < 1 or min(self.blocks) < 0 or self.patch_size < 1 or self.embedding_dim < 1:
+        if self.quantizer != "fsq" and self.embedding_dim < 2:
             raise UserError(
-                f"dvae sizes must be positive; got patch_size={self.patch_size}, widths={self.widths}, "
-                f"blocks={self.blocks}, embedding_dim={self.embedding_dim}"
+                f"codes are told apart by their directions: embedding_dim must be at least 2; got {self.embedding_dim}"
+            )
+        if min(self.widths) < 1 or min(self.blocks) < 0 or self.patch_size < 1:
+            raise UserError(
+                f"dvae sizes must be positive; "
+                f"got patch_size={self.patch_size}, widths={self.widths}, blocks={self.blocks}"
             )
 
     @property
