@@ -18,7 +18,7 @@ class Row(NamedTuple):
         unit: of the value.
         against: the peer with its version and value, or "" for a plain goal.
         ratio: ours over the peer's in the same run, above 1 is better for us; None without a peer.
-        goal: what the ratio (or, without a peer, the value) should reach.
+        goal: what the ratio (or, without a peer, the value) should reach; None where there is no such thing.
     """
 
     name: str
@@ -26,11 +26,13 @@ class Row(NamedTuple):
     unit: str
     against: str
     ratio: float | None
-    goal: float
+    goal: float | None
 
     @property
-    def holds(self) -> bool:
-        """Whether the goal is reached."""
+    def holds(self) -> bool | None:
+        """Whether the goal is reached; None without one."""
+        if self.goal is None:
+            return None
         return (self.value if self.ratio is None else self.ratio) >= self.goal
 
 
@@ -49,7 +51,6 @@ def write_results(path: Path, *, claim: str, rows: Sequence[Row]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
     for row in rows:
         compared = f"  against {row.against}, ratio {row.ratio:.2f}" if row.ratio is not None else ""
-        print(
-            f"{row.name}: {row.value:.4g} {row.unit}{compared}  goal {row.goal:g}: {'holds' if row.holds else 'fails'}"
-        )
+        judged = "" if row.goal is None else f"  goal {row.goal:g}: {'holds' if row.holds else 'fails'}"
+        print(f"{row.name}: {row.value:.4g} {row.unit}{compared}{judged}")
     print(f"written to {path}")

@@ -207,7 +207,9 @@ def main(argv: Sequence[str]) -> int:
         rows += _encode_rows(scale, results, corpora["emoji"], place, measure_now="encode" in only)
 
     out, pictured = (
-        (work / "tokenizer.json", work / "comparison.png") if arguments.dry else (arguments.out, arguments.picture)
+        (work / "tokenizer.json", work / "comparison.png")
+        if arguments.dry
+        else (arguments.out, arguments.picture or arguments.out.with_suffix(".png"))
     )
     write_results(out, claim=CLAIM, rows=rows)
     out.write_text(json.dumps({**json.loads(out.read_text()), "raw": raw}, indent=1) + "\n")
@@ -302,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry", action="store_true", help="a minute: all of the logic, no figures that count")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tokenizer.json"), help="where to write")
     parser.add_argument(
-        "--picture", type=Path, default=Path("docs/tokenizer-comparison.png"), help="where to write the picture"
+        "--picture", type=Path, help="where to write the picture, such as docs/tokenizer.png (default: beside --out)"
     )
     parser.add_argument("--work", type=Path, default=Path("out/tokenizer"), help="keeps what is done")
     parser.add_argument(

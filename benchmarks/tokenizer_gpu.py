@@ -83,7 +83,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     scale = QUICK if arguments.quick else FULL
     scale = scale._replace(emoji_seconds=arguments.seconds or scale.emoji_seconds)
-    return _run(scale, "cuda", arguments, work=arguments.work, out=arguments.out)
+    work = arguments.work / ("quick" if arguments.quick else "full")
+    return _run(scale, "cuda", arguments, work=work, out=arguments.out)
 
 
 def _run(scale: Scale, device: str, arguments: argparse.Namespace, *, work: Path, out: Path) -> int:
@@ -95,7 +96,7 @@ def _run(scale: Scale, device: str, arguments: argparse.Namespace, *, work: Path
         pictures = prepare(
             "emoji", work / "corpus", limit=scale.limit, image_size=scale.emoji_size, font=arguments.font
         )
-        sheet = work / "sheet.png" if arguments.dry else arguments.sheet
+        sheet = arguments.sheet if arguments.sheet and not arguments.dry else work / "sheet.png"
         _store(work / "emoji.json", emoji_rows(pictures, scale, device, work=work, sheet=sheet))
     stored = [work / f"{section}.json" for section in _SECTIONS]
     rows = [Row(**row) for path in stored if path.exists() for row in json.loads(path.read_text())]
@@ -141,10 +142,10 @@ def _rows_of_batch(config: TrainConfig, scale: Scale, batch: int) -> Iterator[Ro
         encode_seconds = median_seconds(lambda: vae.encode(images), device, budget=scale.budget_seconds)
         decode_seconds = median_seconds(lambda: vae.decode(codes), device, budget=scale.budget_seconds)
     name = f"openai preset, {scale.image_size} px, {precision.name}, batch {batch}"
-    yield Row(f"{name}: training", batch / train_seconds, "images/s", "", None, 0.0)
-    yield Row(f"{name}: most memory held in training", peak_bytes / _GIB, "GiB", "", None, 0.0)
-    yield Row(f"{name}: encoding", batch / encode_seconds, "images/s", "", None, 0.0)
-    yield Row(f"{name}: decoding", batch / decode_seconds, "images/s", "", None, 0.0)
+    yield Row(f"{name}: training", batch / train_seconds, "images/s", "", None, None)
+    yield Row(f"{name}: most memory held in training", peak_bytes / _GIB, "GiB", "", None, None)
+    yield Row(f"{name}: encoding", batch / encode_seconds, "images/s", "", None, None)
+    yield Row(f"{name}: decoding", batch / decode_seconds, "images/s", "", None, None)
 
 
 def emoji_rows(pictures: Pictures, scale: Scale, device: str, *, work: Path, sheet: Path) -> Iterator[Row]:
@@ -156,12 +157,12 @@ def emoji_rows(pictures: Pictures, scale: Scale, device: str, *, work: Path, she
     vae = load_vae(ModelFolder.open(work / "model", parts=["dvae"]), device=device)
     precision = resolve_precision("auto", device)
     name = f"emoji, {scale.emoji_size} px, f={vae.downsampling}, K={vae.codebook_size:,}, {trained['seconds']:.0f} s"
-    yield Row(f"{name}: steps", trained["steps"], f"of {config.trainer.batch_size} images", "", None, 0.0)
+    yield Row(f"{name}: steps", trained["steps"], f"of {config.trainer.batch_size} images", "", None, None)
     for place, path in (("unseen designs", pictures.held_out), ("drawings trained on", pictures.seen)):
         original = np.load(path)
         images, codes = reconstruct(vae, original, precision=precision)
         for figure, value in measure(original, images, codes, codebook_size=vae.codebook_size).items():
-            yield Row(f"{name}, {place}: {figure}", value, _UNITS[figure], "", None, 0.0)
+            yield Row(f"{name}, {place}: {figure}", value, _UNITS[figure], "", None, None)
         if path == pictures.held_out:
             shown = spread(len(original))[::2]
             _write_sheet(sheet, original[shown], images[shown], codes[shown], title=f"{name}, {place}")
@@ -188,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results/tokenizer_gpu.json"), help="where to write"
     )
-    parser.add_argument("--sheet", type=Path, default=Path("docs/tokenizer-emoji-128.png"), help="sheet of emoji")
+    parser.add_argument("--sheet", type=Path, help="sheet of emoji, such as docs/tokenizer-emoji-128.png")
     parser.add_argument("--work", type=Path, default=Path("out/tokenizer-gpu"), help="keeps what is done")
     parser.add_argument("--only", nargs="+", choices=_SECTIONS, default=_SECTIONS, help="these sections")
     parser.add_argument("--seconds", type=float, help="training time of the emoji tokenizer")

@@ -47,7 +47,7 @@ class Job:
     """One training."""
 
     contestant: str
-    """a name of benchmarks/tokenizer.py's table"""
+    """a name of benchmarks/tokenizer_contestants.py's tables"""
     corpus: CorpusName
     """what it trains on"""
     f: Literal[4, 8]

@@ -33,12 +33,12 @@ def comparison_rows(results: Results, *, seconds: float) -> Iterator[Row]:
         shared = "equal steps" if job.until == "steps" else "equal time"
         place = f"{job.corpus} f={job.f}, {shared} ({job.amount:g} {job.until}), {job.contestant}"
         if not peers:
-            yield Row(f"{place}: PSNR", ours["held_out"]["psnr"], "dB", "", None, 0.0)
+            yield Row(f"{place}: PSNR", ours["held_out"]["psnr"], "dB", "", None, None)
             continue
         peer = max(peers, key=lambda result: result["held_out"]["psnr"])
         name = peer["contestant"].replace("dalle-pytorch", PEER_VERSION)
         ours_db, peer_db = ours["held_out"]["psnr"], peer["held_out"]["psnr"]
-        goal = _LEAD_DB if job.until == "seconds" else 0.0
+        goal = _LEAD_DB if job.until == "seconds" else None
         yield Row(
             f"{place}: PSNR ahead", ours_db - peer_db, "dB", f"{name}: {peer_db:.2f}, ours {ours_db:.2f}", None, goal
         )
@@ -62,9 +62,9 @@ def seed_rows(results: Results, *, seconds: float) -> Iterator[Row]:
         usage = min(result["seen"]["codebook_usage"] for result in of_seeds)
         yield Row(f"{place}: codebook usage", usage, "share of K", "", None, _USAGE_GOALS[name])
         perplexities = [result["seen"]["perplexity"] for result in of_seeds]
-        yield Row(f"{place}: perplexity", min(perplexities), "codes", f"best seed: {max(perplexities):.4g}", None, 0.0)
+        yield Row(f"{place}: perplexity", min(perplexities), "codes", f"best seed: {max(perplexities):.4g}", None, None)
         decibels = [result["held_out"]["psnr"] for result in of_seeds]
-        yield Row(f"{place}: PSNR", min(decibels), "dB", f"best seed: {max(decibels):.2f}", None, 0.0)
+        yield Row(f"{place}: PSNR", min(decibels), "dB", f"best seed: {max(decibels):.2f}", None, None)
 
 
 def design_rows(results: Results, *, seconds: float) -> Iterator[Row]:
@@ -77,7 +77,7 @@ def design_rows(results: Results, *, seconds: float) -> Iterator[Row]:
         for figure, unit in (("psnr", "dB"), ("ssim", ""), ("sharpness", "of the originals'")):
             against = f"drawings trained on: {result['seen'][figure]:.4g}"
             name = f"emoji f={job.f}, {job.contestant} after {job.amount:g} s, unseen designs: {figure}"
-            yield Row(name, result["held_out"][figure], unit, against, None, 0.0)
+            yield Row(name, result["held_out"][figure], unit, against, None, None)
 
 
 def time_rows(seconds: Mapping[int, Mapping[str, list[float]]], *, batch_size: int) -> Iterator[Row]:
@@ -87,7 +87,9 @@ def time_rows(seconds: Mapping[int, Mapping[str, list[float]]], *, batch_size: i
     """
     for f, measured in seconds.items():
         per_step = {name: median(values) for name, values in measured.items()}
-        goals = {(f"ours {precision}", f"peer {precision}"): 0.0 for precision in PRECISIONS}
+        goals: dict[tuple[str, str], float | None] = {
+            (f"ours {precision}", f"peer {precision}"): None for precision in PRECISIONS
+        }
         if "peer fp32" in measured:
             best_ours, best_peer = (
                 min((f"{side} {precision}" for precision in PRECISIONS), key=per_step.__getitem__)
@@ -106,8 +108,9 @@ def time_rows(seconds: Mapping[int, Mapping[str, list[float]]], *, batch_size: i
 def encode_rows(rate: EncodeRate) -> Iterator[Row]:
     """Image files to codes."""
     name = f"encode of 64 px PNG files, f=8, {usable_cores()} cores"
-    yield Row(f"{name}: rate", rate.images_per_second, "images/s", "", None, 0.0)
-    yield Row(f"{name}: share spent waiting for files", rate.waiting_share, "of the time", "", None, 0.0)
+    yield Row(f"{name}: rate", rate.images_per_second, "images/s", "", None, None)
+    yield Row(f"{name}: share spent waiting for files", rate.waiting_share, "of the time", "", None, None)
+    yield Row(f"{name}: reading and decoding files alone", rate.decoding_share, "of the time", "", None, None)
 
 
 def picture(columns: Mapping[str, NDArray[np.uint8]], *, scale: int = 2) -> Image.Image:
