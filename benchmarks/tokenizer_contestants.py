@@ -44,8 +44,8 @@ _PEER_ITS_OWN: Settings = {
     "final_temperature": 0.5,
     "temperature_share": 1.0,
 }
-# Twice: with the rates and batch of its train_vae.py (and the temperature as documented there, over the whole run), and with
-# what gave it better pictures in short trials. Ours is compared with the better one of the two.
+# Twice: with the rates and batch of its train_vae.py (and the temperature as documented there, over the whole run), and
+# with what gave it better pictures in short trials. Ours is compared with the better one of the two.
 PEERS: dict[str, Settings] = {
     "dalle-pytorch": _PEER_ITS_OWN,
     "dalle-pytorch tuned": {**_PEER_ITS_OWN, "batch_size": 16, "learning_rate": 3e-3},

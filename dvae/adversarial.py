@@ -60,6 +60,8 @@ class AdversarialConfig:
                 f"adversarial weight, feature_matching and lecam must be finite and at least 0; "
                 f"got {self.weight}, {self.feature_matching} and {self.lecam}"
             )
+        if self.feature_matching and not self.weight:
+            raise UserError("adversarial.feature_matching needs a discriminator: set adversarial.weight above 0")
         if self.width < 1 or self.layers < 1 or self.learning_rate <= 0:
             raise UserError(
                 f"adversarial width, layers and learning_rate must be positive; "
@@ -252,11 +254,6 @@ class AdversarialLosses(NamedTuple):
     def total(self) -> Tensor:
         """What is added to the reconstruction loss before the one backward pass of a step."""
         return self.generator + self.feature_matching + self.discriminator + self.lecam
-
-    @property
-    def terms(self) -> dict[str, Tensor]:
-        """All of them by name, to be logged."""
-        return self._asdict()
 
 
 class Adversary(nn.Module):

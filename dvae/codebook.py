@@ -46,7 +46,7 @@ MOST_TILES = 8_192
 BUILT_IN_CORPORA = ("scenes", "emoji")
 
 _FIELD = 5  # s: with 3 the field's border still shows in its middle, by 1 of 255 on average and by up to 22
-_FIELDS_AT_ONCE = 1_024
+_FIELDS_AT_ONCE = 1_024  # decoded pixels that are held
 _IMAGES_AT_ONCE = 64
 _IMAGE_SIZE = 256, 256  # where a model does not say which it was trained on
 

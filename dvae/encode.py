@@ -1,16 +1,17 @@
 """Turns a corpus into token shards with the dVAE of a model folder: `tessera encode key=value ...`.
 
-Pictures are read by threads while the model computes, and codes are written as they come: memory does not grow with the
-corpus, and after an interruption the same command goes on.
+Pictures are read by threads while the model computes, and codes are written as they come: of the whole corpus only the
+captions are held, and after an interruption the same command goes on.
 """
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dvae.model import DiscreteVAE
 from dvae.model import load as load_vae
 from dvae.pixels import to_float
+from dvae.reconstruct import images_per_forward
 from tessera.config import load
 from tessera.data.config import DataConfig
 from tessera.data.corpus import Corpus, ManifestCorpus, read_views
@@ -38,6 +40,8 @@ _CPU_PIXELS = 2**19
 _GPU_PIXELS = 2**21
 _LEAST_CROP_SCALE = 0.5  # large JPEGs are decoded at no less than twice the image size
 _LINE_EVERY_SECONDS = 20.0
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,8 @@ class EncodeConfig:
     with writing in them, which would become untrue and unreadable"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 where the hardware multiplies it, else fp32; fp32 gives the exact codes of imported models"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.bpe_dropout < 1:
@@ -100,6 +106,8 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
     """
     out, directory = Path(config.out), Path(config.shards)
     folder = ModelFolder.open(out, parts=["dvae"])
+    vae = load_vae(folder, device=resolve_device(config.device))
+    _check_size(config, folder, vae)
     corpus = config.data.open("train")
     all_captions = [corpus.captions(index) for index in range(len(corpus))]
     if folder.has_tokenizer:
@@ -112,11 +120,11 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
     text_len = config.text_len or tokenizer.fitting_text_len(
         (text for captions in all_captions for text in captions), dropout=config.bpe_dropout
     )
-    vae = load_vae(folder, device=resolve_device(config.device))
     index = _describe(config, folder, vae, corpus, tokenizer, text_len)
     done = _Encoded(0, 0.0, 0.0)
     if not _same(directory, index):
-        done = _write(directory, index, vae, corpus, all_captions, cache=config.data.cache_path)
+        precision = resolve_precision(config.precision, next(vae.parameters()).device)
+        done = _write(directory, index, vae, corpus, all_captions, precision=precision, cache=config.data.cache_path)
     return {
         "num_samples": index.num_samples,
         "grid": [index.grid_height, index.grid_width],
@@ -146,14 +154,16 @@ def _write(
     corpus: Corpus,
     all_captions: Sequence[tuple[str, ...]],
     *,
+    precision: Precision,
     cache: Path | None,
 ) -> _Encoded:
     """Encodes what the shards still lack."""
     device = next(vae.parameters()).device
-    precision = resolve_precision("auto", device)
     views = Views(count=index.crops, crop_scale=index.crop_scale, flip=index.flip, seed=index.crop_seed)
     pixels = (_CPU_PIXELS if device.type == "cpu" else _GPU_PIXELS) // views.count
     batch_size = max(1, pixels // (index.image_height * index.image_width))
+    at_once = images_per_forward(vae.config, index.image_height, index.image_width)
+    batch_size = min(batch_size, max(1, at_once // views.count))
     waiting_seconds = 0.0
     with (
         ShardWriter(directory, index) as writer,
@@ -224,13 +234,25 @@ def _pace(done: _Encoded) -> str:
     return f"{done.images / done.seconds:,.0f} images/s  waiting {done.waiting_seconds / done.seconds:.0%}"
 
 
+def _check_size(config: EncodeConfig, folder: ModelFolder, vae: DiscreteVAE) -> None:
+    """Raises UserError for sizes that the dVAE cannot take, and warns of others than it was trained on."""
+    height, width = config.data.image_size
+    f = vae.downsampling
+    if height % f or width % f:
+        raise UserError(f"data.image_size must be divisible by {f}, as this dvae needs; got {height}x{width}")
+    trained = folder.metadata("dvae").get("image_size")
+    if trained is not None and list(trained) != [height, width]:
+        _logger.warning(
+            "the dvae was trained on images of %dx%d pixels, these are encoded at %dx%d: set data.image_size=[%d,%d]",
+            *(*trained, height, width, *trained),
+        )
+
+
 def _describe(
     config: EncodeConfig, folder: ModelFolder, vae: DiscreteVAE, corpus: Corpus, tokenizer: TextTokenizer, text_len: int
 ) -> ShardIndex:
     height, width = config.data.image_size
     f = vae.downsampling
-    if height % f or width % f:
-        raise UserError(f"data.image_size must be divisible by {f}, as this dvae needs; got {height}x{width}")
     return ShardIndex(
         num_samples=len(corpus),
         grid_height=height // f,

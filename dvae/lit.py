@@ -6,7 +6,7 @@ from collections.abc import Callable
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -34,8 +34,8 @@ class DiscreteVAELit(pl.LightningModule):
         model: the dVAE.
         objective: what it minimizes.
         optim: rates.
-        show: called with the step and the model after every validation; returns a picture uint8 [H, W, 3]; None for
-            no pictures.
+        show: called with the step and the averaged model in every validation, returns a picture uint8 [H, W, 3]; None
+            for no pictures.
     """
 
     progress = 0.0
@@ -75,17 +75,19 @@ class DiscreteVAELit(pl.LightningModule):
         reconstruction = self.model.decode(self.model.encode(images))
         figures = {"val_psnr": psnr(reconstruction, images).mean(), "val_ssim": ssim(reconstruction, images).mean()}
         self.log_dict(figures, batch_size=len(images))
-
-    def on_validation_epoch_end(self) -> None:
-        if self._show is None:
-            return
-        picture = self._show(self.global_step, self.model)
-        for logger in self.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("reconstructions", picture, self.global_step, dataformats="HWC")
+        # here and not at the end of validation, when the averaged weights have left again
+        if batch_idx == 0 and self._show is not None:
+            self._log_picture(self._show(self.global_step, self.model))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.objective.build_optimizer(self.model, self.optim)
+
+    def _log_picture(self, picture: NDArray[np.uint8]) -> None:
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("reconstructions", picture, self.global_step, dataformats="HWC")
+            elif isinstance(logger, WandbLogger):
+                logger.log_image("reconstructions", [picture], step=self.global_step)
 
     def _log_usage(self) -> None:
         usage = self._window.usage()

@@ -23,7 +23,7 @@ from tessera.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the loss terms; 0 switches a term off, and what is off is not computed."""
+    """Weights of the loss terms; 0 switches a term off, and a reconstruction term that is off is not computed."""
 
     l1: float = 0.3
     """mean absolute error: keeps edges sharp once errors are small"""

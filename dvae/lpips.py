@@ -19,7 +19,7 @@ from tessera.errors import UserError
 # Channels after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, and where these stand in torchvision's VGG16.
 _CHANNELS = (64, 128, 256, 512, 512)
 _TAPS = (3, 8, 15, 22, 29)
-_SMALLEST_SIDE = 16  # four poolings lie before the last tap
+SMALLEST_SIDE = 16  # four poolings lie before the last tap
 # The means and deviations of ImageNet as LPIPS applies them, to pixels in [-1, 1].
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
@@ -76,9 +76,9 @@ class Lpips(nn.Module):
             ValueError: if the shapes differ or are not these.
         """
         shape = tuple(images.shape)
-        if tuple(reconstruction.shape) != shape or len(shape) != 4 or shape[1] != 3 or min(shape[2:]) < _SMALLEST_SIDE:
+        if tuple(reconstruction.shape) != shape or len(shape) != 4 or shape[1] != 3 or min(shape[2:]) < SMALLEST_SIDE:
             raise ValueError(
-                f"LPIPS needs two batches of one shape [batch, 3, height, width], sides of at least {_SMALLEST_SIDE}; "
+                f"LPIPS needs two batches of one shape [batch, 3, height, width], sides of at least {SMALLEST_SIDE}; "
                 f"got {tuple(reconstruction.shape)} and {shape}"
             )
         with torch.autocast(images.device.type, enabled=False):

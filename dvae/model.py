@@ -199,7 +199,7 @@ class Reconstruction(NamedTuple):
     """What a training pass returns.
 
     Attributes:
-        output: float32 [B, 3 or 6, H, W], what the decoder put out; `losses.to_pixels` turns it into an image.
+        output: float32 [B, 3 or 6, H, W], what the decoder put out; `pixels.to_pixels` turns it into an image.
         codes: int64 [B, h, w].
         terms: the quantizer's own losses by name, float32 scalars before their weights.
     """
@@ -273,9 +273,11 @@ class DiscreteVAE(nn.Module):
         """One training pass over images float [B, 3, H, W] in [0, 1]; `temperature` is the Gumbel tau.
 
         Raises:
-            ValueError: as `encode`.
+            ValueError: as `encode`; values are looked at on CPUs only.
         """
-        self._check_images(images)
+        self._check_shape(images)
+        if images.device.type == "cpu":  # elsewhere looking at values makes every step wait
+            self._check_values(images)
         latents = self.encoder(images.contiguous(memory_format=torch.channels_last))
         quantized = self.quantizer(latents, temperature=temperature)
         return Reconstruction(self.decoder(quantized.embedding).float(), quantized.codes, quantized.terms)
@@ -288,9 +290,10 @@ class DiscreteVAE(nn.Module):
             ValueError: if the shape is not [B, 3, H, W] with sides divisible by f, the type is not floating, or values
                 are not finite or lie outside [0, 1].
         """
-        self._check_images(images)
+        self._check_shape(images)
+        self._check_values(images)
         latents = self.encoder(images.contiguous(memory_format=torch.channels_last))
-        return self.quantizer(latents).codes
+        return self.quantizer.codes(latents)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -311,7 +314,7 @@ class DiscreteVAE(nn.Module):
         embedding = self.quantizer.lookup(codes.long()).contiguous(memory_format=torch.channels_last)
         return to_pixels(self.decoder(embedding), self.config.pixels).clamp(0, 1)
 
-    def _check_images(self, images: Tensor) -> None:
+    def _check_shape(self, images: Tensor) -> None:
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images must have shape [batch, 3, height, width]; got {tuple(images.shape)}")
         self.grid(images.shape[2], images.shape[3])
@@ -320,6 +323,9 @@ class DiscreteVAE(nn.Module):
                 f"images must be floating-point numbers in [0, 1]; got {images.dtype}: "
                 "for uint8 [batch, height, width, 3] there is dvae.pixels.to_float"
             )
+
+    @staticmethod
+    def _check_values(images: Tensor) -> None:
         if images.numel() and not images.is_meta and not torch.compiler.is_compiling():
             lowest, highest = (float(value) for value in torch.aminmax(images.detach()))
             # written so that NaN, which compares false with everything, fails too; resizing may overshoot a little

@@ -55,7 +55,7 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.loss, self.schedule, self.adversarial = loss, schedule, adversarial
-        self.adversary = Adversary(adversarial) if adversarial.weight else None
+        self.adversary = Adversary(adversarial) if adversarial.is_on else None
         # in a tuple, which is no submodule: frozen weights from a file have no place in checkpoints
         self._lpips = (lpips,)
 

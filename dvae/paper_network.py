@@ -48,7 +48,8 @@ class BottleneckBlock(nn.Module):
         y = self.conv1(F.relu(x))
         y = self.conv2(F.relu(y))
         y = self.conv3(F.relu(y))
-        return self.skip(x) + self.gain * self.conv4(F.relu(y))
+        # a 64th of a step is lost in the eight digits of bf16: under autocast the sum stays in fp32
+        return self.skip(x).float() + self.gain * self.conv4(F.relu(y)).float()
 
 
 class PaperEncoder(nn.Module):

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dvae.model import DiscreteVAE, load
+from dvae.model import DiscreteVAE, DiscreteVAEConfig, load
 from dvae.pixels import to_float, to_uint8
 from dvae.sheets import most_rows, sheet, sheet_of_rows
 from dvae.similarity import psnr, ssim
@@ -31,7 +31,9 @@ from tessera.precision import Precision, autocast, resolve_device, resolve_preci
 
 # N images, H W image pixels, h w code grid.
 
-_AT_ONCE = 64  # images per forward
+_MOST_AT_ONCE = 128  # images per forward
+# Numbers in one activation of the finest resolution, of which a few exist at a time: 256 MiB in fp32.
+_ACTIVATION_NUMBERS = 2**26
 _PANEL_PIXELS, _ROW_PANEL_PIXELS = 256, 192  # smaller images are enlarged towards it, alone and together
 
 
@@ -44,6 +46,12 @@ class Reconstructed(NamedTuple):
     """[N, h, w]"""
 
 
+def images_per_forward(config: DiscreteVAEConfig, height: int, width: int) -> int:
+    """How many images of height x width pixels a model takes at once, so that memory is bounded whatever their size."""
+    finest = height * width * config.widths[0] // config.patch_size**2
+    return min(_MOST_AT_ONCE, max(1, _ACTIVATION_NUMBERS // finest))
+
+
 def reconstruct(vae: DiscreteVAE, images: NDArray[np.uint8], *, precision: Precision) -> Reconstructed:
     """Encodes images uint8 [N, H, W, 3] and decodes them again."""
     codes = encode_images(vae, images, precision=precision)
@@ -54,7 +62,7 @@ def encode_images(vae: DiscreteVAE, images: NDArray[np.uint8], *, precision: Pre
     """The codes int64 [N, h, w] of images uint8 [N, H, W, 3]."""
     device = next(vae.parameters()).device
     parts = []
-    for span in batches(len(images), _AT_ONCE):
+    for span in batches(len(images), images_per_forward(vae.config, *images.shape[1:3])):
         with torch.inference_mode(), autocast(precision, device):
             # copied: torch warns of arrays that it may not write, such as mapped ones
             original = to_float(torch.from_numpy(images[span.start : span.stop].copy())).to(device)
@@ -66,7 +74,8 @@ def decode_grids(vae: DiscreteVAE, codes: NDArray[np.integer], *, precision: Pre
     """The images uint8 [N, H, W, 3] of codes [N, h, w] of any integer type."""
     device = next(vae.parameters()).device
     parts = []
-    for span in batches(len(codes), _AT_ONCE):
+    f = vae.downsampling
+    for span in batches(len(codes), images_per_forward(vae.config, f * codes.shape[1], f * codes.shape[2])):
         with torch.inference_mode(), autocast(precision, device):
             pixels = vae.decode(torch.from_numpy(codes[span.start : span.stop].astype(np.int64)).to(device))
         parts.append(to_uint8(pixels).cpu().numpy())

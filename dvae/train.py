@@ -14,13 +14,13 @@ from dvae.adversarial import AdversarialConfig
 from dvae.codebook import draw_codebook
 from dvae.lit import DiscreteVAELit
 from dvae.losses import LossConfig
-from dvae.lpips import Lpips
+from dvae.lpips import SMALLEST_SIDE, Lpips
 from dvae.model import DiscreteVAE, DiscreteVAEConfig
 from dvae.objective import Objective
 from dvae.pixels import to_float
-from dvae.reconstruct import encode_images, reconstruct
+from dvae.reconstruct import encode_images, images_per_forward, reconstruct
 from dvae.schedule import ScheduleConfig
-from dvae.sheets import sheet_of_rows
+from dvae.sheets import most_rows, sheet_of_rows
 from dvae.similarity import psnr, ssim
 from dvae.usage import code_usage
 from tessera.config import load, to_plain
@@ -145,7 +145,7 @@ def measure(vae: DiscreteVAE, images: NDArray[np.uint8], *, precision: str = "au
     chosen = resolve_precision(precision, device)
     decibels, similarities, all_codes = [], [], []
     with torch.no_grad():
-        for batch in batches(len(images), 64):
+        for batch in batches(len(images), images_per_forward(vae.config, *images.shape[1:3])):
             original = to_float(torch.from_numpy(images[batch.start : batch.stop].copy())).to(device)
             with autocast(chosen, device):
                 codes = vae.encode(original)
@@ -167,7 +167,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Trains, measures on the validation split and exports; resumes or returns at once where that was done before.
 
     Returns:
-        steps, seconds, metrics (see `measure`) and sha256 of the exported part.
+        steps, skipped_steps (whose gradient was not finite), seconds, metrics (see `measure`), and sha256 of the part
+        that was exported.
 
     Raises:
         UserError: if sizes or losses do not fit together, or the corpus cannot be used.
@@ -180,17 +181,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if finished is not None and _is_exported(folder, finished["sha256"]):
         return finished
     images = load_images(train_corpus, directory=config.data.cache_path)
-    if images.nbytes <= _HELD_IN_MEMORY_BYTES:
+    if isinstance(images, np.memmap) and images.nbytes <= _HELD_IN_MEMORY_BYTES:
         images = np.array(images)  # pages of a mapped file may be dropped and read again at every epoch
+    measured_on = "held-out"
     try:
         held_out = config.data.open("validation")
-        validation_images = load_images(held_out, directory=config.data.cache_path)[:_MEASURED_IMAGES]
+        validation_images = load_images(held_out, directory=config.data.cache_path)[:_MEASURED_IMAGES].copy()
     except UserError:  # a handful of images leaves none to hold out
-        validation_images = images[:_MEASURED_IMAGES]
+        validation_images, measured_on = images[:_MEASURED_IMAGES], "training"
     torch.manual_seed(config.trainer.seed)
     model = DiscreteVAE(config.model)
     objective = objective_of(config)
-    batch_size = config.trainer.batch_size
+    batch_size = min(config.trainer.batch_size, images_per_forward(config.model, *config.data.image_size))
     validation = [
         {"images": torch.from_numpy(validation_images[b.start : b.stop].copy())}
         for b in list(batches(len(validation_images), batch_size))[:_VALIDATION_BATCHES]
@@ -212,7 +214,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     model = model.to(resolve_device(config.trainer.device)).eval()
     metrics = measure(model, validation_images, precision=config.trainer.precision)
-    _save_codebook(run_dir, model, validation_images, config)
+    _save_codebook(run_dir, model, validation_images, config, source=f"{len(validation_images):,} {measured_on} images")
     sha256 = write_part(
         folder,
         "dvae",
@@ -224,9 +226,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
             "images": len(images),
             "steps": result.steps,
             "measured": metrics,
+            "measured_on": measured_on,
         },
     )
-    finished = {"steps": result.steps, "seconds": result.seconds, "metrics": metrics, "sha256": sha256}
+    finished = {
+        "steps": result.steps,
+        "skipped_steps": int(result.metrics.get("skipped_steps", 0)),
+        "seconds": result.seconds,
+        "metrics": metrics,
+        "sha256": sha256,
+    }
     stage.finish(run_dir, finished)
     return finished
 
@@ -235,9 +244,10 @@ def _painter(
     run_dir: Path, images: NDArray[np.uint8], config: TrainConfig
 ) -> Callable[[int, DiscreteVAE], NDArray[np.uint8]]:
     """Draws what is left of the same few held-out pictures every time."""
-    shown = images[:_SHOWN_IMAGES]
     precision = resolve_precision(config.trainer.precision, resolve_device(config.trainer.device))
-    scale = max(1, _PANEL_PIXELS // max(config.data.image_size))
+    height, width = config.data.image_size
+    scale = max(1, _PANEL_PIXELS // max(height, width))
+    shown = images[: min(_SHOWN_IMAGES, most_rows(scale * height))]
 
     def paint(step: int, model: DiscreteVAE) -> NDArray[np.uint8]:
         after, codes = reconstruct(model, shown, precision=precision)
@@ -250,11 +260,13 @@ def _painter(
     return paint
 
 
-def _save_codebook(run_dir: Path, model: DiscreteVAE, images: NDArray[np.uint8], config: TrainConfig) -> None:
+def _save_codebook(
+    run_dir: Path, model: DiscreteVAE, images: NDArray[np.uint8], config: TrainConfig, *, source: str
+) -> None:
     precision = resolve_precision(config.trainer.precision, resolve_device(config.trainer.device))
     codes = encode_images(model, images, precision=precision)
     counts = np.bincount(codes.ravel(), minlength=model.codebook_size)
-    picture = draw_codebook(model, counts, precision=precision, source=f"{len(images):,} held-out images")
+    picture = draw_codebook(model, counts, precision=precision, source=source)
     save_png(run_dir / PICTURES_DIR / "codebook.png", picture, {})
 
 
@@ -285,6 +297,19 @@ def check_sizes(config: TrainConfig) -> None:
     if config.crop_candidates < 1:
         raise UserError(f"crop_candidates must be at least 1; got {config.crop_candidates}")
     config.loss.check(config.model.pixels)
+    side = config.crop or min(height, width)
+    if config.loss.lpips and side < SMALLEST_SIDE:
+        raise UserError(f"loss.lpips needs pictures of at least {SMALLEST_SIDE} pixels a side; got {side}")
+    if config.adversarial.is_on and side < 2**config.adversarial.layers:
+        raise UserError(
+            f"a discriminator of {config.adversarial.layers} layers needs pictures of at least "
+            f"{2**config.adversarial.layers} pixels a side; got {side}: set adversarial.layers"
+        )
+    if config.adversarial.is_on and config.adversarial.adaptive and config.trainer.compile:
+        raise UserError(
+            "adversarial.adaptive goes backward several times, which compiled models cannot: set "
+            "trainer.compile=false or adversarial.adaptive=false"
+        )
 
 
 def _is_exported(folder: Path, sha256: str) -> bool:
@@ -299,7 +324,8 @@ def main(argv: Sequence[str]) -> int:
     config = load(TrainConfig, argv, prog="tessera train-dvae")
     result = train(config)
     shown = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
-    print(f"dvae in {config.out}: {result['steps']:,} steps, {result['seconds']:,.0f} s, {shown}")
+    skipped = f" ({result['skipped_steps']:,} of them skipped)" if result["skipped_steps"] else ""
+    print(f"dvae in {config.out}: {result['steps']:,} steps{skipped}, {result['seconds']:,.0f} s, {shown}")
     return 0
 
 

@@ -6,7 +6,7 @@ backward pass, counted tensor by tensor, and what weights and optimizer hold.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from dvae.model import DiscreteVAE
 from dvae.train import TrainConfig, check_sizes, objective_of
 from recipes.speed import median_seconds, training_step
 from tessera.config import load
-from tessera.errors import run_command
+from tessera.errors import UserError, run_command
 from tessera.precision import autocast, describe_hardware, resolve_device, resolve_precision
 from tessera.training.memory import reuse_freed_memory
 
@@ -86,31 +86,28 @@ def estimate(config: TrainConfig) -> Estimate:
     optimizer = objective.build_optimizer(vae, config.optim)
     size = (config.crop, config.crop) if config.crop else config.data.image_size
 
-    def seconds_and_bytes(batch: int) -> tuple[float, int]:
+    def loss_on(batch: int) -> Callable[[], Tensor]:
         images = torch.rand(batch, 3, *size, device=device)  # [B, 3, H, W]
-        kept: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
 
         def loss() -> Tensor:
             with autocast(precision, device):
                 return objective(vae, images, progress=1.0).total
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss().backward()
-        weights = {parameter.untyped_storage().data_ptr() for parameter in (*vae.parameters(), *objective.parameters())}
-        activations = sum(size for pointer, size in kept.items() if pointer not in weights)
-        step = training_step(optimizer, loss, clip_norm=config.optim.clip_norm)
-        return median_seconds(step, device, budget=_SECONDS), activations
+        return loss
 
-    batch = 1
-    seconds, activations = seconds_and_bytes(batch)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in (*vae.parameters(), *objective.parameters())}
+    one, two = (_kept_bytes(loss_on(batch), weights) for batch in (1, 2))
+    batch, seconds = 0, 0.0
     while batch < config.trainer.batch_size and seconds < _ENOUGH_SECONDS:
-        batch = min(config.trainer.batch_size, max(2 * batch, int(batch * _ENOUGH_SECONDS / seconds / 2)))
-        seconds, activations = seconds_and_bytes(batch)
+        wanted = max(2 * batch, int(batch * _ENOUGH_SECONDS / seconds / 2)) if batch else 1
+        wanted = min(config.trainer.batch_size, wanted)
+        step = training_step(optimizer, loss_on(wanted), clip_norm=config.optim.clip_norm)
+        try:
+            batch, seconds = wanted, median_seconds(step, device, budget=_SECONDS)
+        except torch.OutOfMemoryError:
+            if not batch:
+                raise UserError(f"not even one picture of this size can be trained on with {device}") from None
+            break  # what was measured with fewer pictures has to do
 
     vae.eval()
     images = torch.rand(batch, 3, *config.data.image_size, device=device)
@@ -133,8 +130,25 @@ def estimate(config: TrainConfig) -> Estimate:
         encode_images_per_second=batch / encode_seconds,
         decode_images_per_second=batch / decode_seconds,
         state_gib=_FLOAT_BYTES * state / _GIB,
-        activations_gib=activations * config.trainer.batch_size / batch / _GIB,
+        # what a step keeps whatever the batch, such as weights in bf16, is in the first picture only
+        activations_gib=(one + (two - one) * (config.trainer.batch_size - 1)) / _GIB,
     )
+
+
+def _kept_bytes(loss: Callable[[], Tensor], weights: Collection[int]) -> int:
+    """What a forward pass keeps for the backward pass, apart from the weights themselves."""
+    kept: dict[int, int] = {}
+    held: list[Tensor] = []  # freed memory would be given to other tensors, and counted once for all of them
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss()
+    return sum(size for pointer, size in kept.items() if pointer not in weights)
 
 
 def estimate_lines(config: TrainConfig, found: Estimate) -> list[str]:

@@ -165,7 +165,7 @@ def _scorer_step_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> floa
 
 
 def training_step(
-    optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], *, clip_norm: float
+    optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], *, clip_norm: float | None
 ) -> Callable[[], None]:
     """A whole optimizer step, to be timed."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -173,7 +173,7 @@ def training_step(
     def step() -> None:
         optimizer.zero_grad()
         loss().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm)
         optimizer.step()
 
     return step

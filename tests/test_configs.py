@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from dvae.train import check_sizes
 from tessera.config import load, read_yaml, to_plain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +67,8 @@ def test_there_are_configs_for_every_model() -> None:
 def test_a_config_loads_and_builds(file: Path) -> None:
     stage = stage_of(file)
     config = load_with_placeholders(resolve(stage.config), str(file))
+    if stage.command == "train-dvae":
+        check_sizes(config)
     if stage.model is not None:
         with torch.device("meta"):
             model = resolve(stage.model)(config.model)

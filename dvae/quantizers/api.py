@@ -36,6 +36,10 @@ class Quantizer(Protocol):
         """Quantizes latents float [B, D, h, w]; `temperature` is the tau of relaxed quantizers, others ignore it."""
         ...
 
+    def codes(self, latents: Tensor) -> Tensor:
+        """The codes int64 [B, h, w] of latents float [B, D, h, w]; nothing is learned and nothing drawn."""
+        ...
+
     def lookup(self, codes: Tensor) -> Tensor:
         """The embeddings float [B, C, h, w] of codes int64 [B, h, w]."""
         ...

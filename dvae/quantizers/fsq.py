@@ -50,18 +50,32 @@ class FiniteScalarQuantizer(nn.Module):
 
         `temperature` belongs to the relaxed quantizers and has no meaning here.
         """
-        levels = self._levels.view(1, -1, 1, 1)
-        # fp32: a bf16 latent near a bin border would round differently from one machine to the next
-        wide = latents.float()
-        # [B, D, h, w] in (-1, 1)
-        bounded = torch.tanh(wide) if self.activation == "tanh" else 2 * torch.sigmoid(IFSQ_SLOPE * wide) - 1
-        index = ((bounded + 1) / 2 * levels).floor().clamp_(torch.zeros_like(levels), levels - 1)
-        centers = (2 * index + 1) / levels - 1
+        bounded = self._bounded(latents)
+        index = self._index(bounded.detach())
+        centers = (2 * index + 1) / self._levels.view(1, -1, 1, 1) - 1
         embedding = bounded + (centers - bounded).detach()
-        codes = (index.long() * self._radix.view(1, -1, 1, 1)).sum(dim=1)  # [B, h, w]
-        return Quantized(codes=codes, embedding=embedding, terms={})
+        return Quantized(codes=self._number(index), embedding=embedding, terms={})
+
+    def codes(self, latents: Tensor) -> Tensor:
+        """The codes int64 [B, h, w] of latents [B, D, h, w]."""
+        return self._number(self._index(self._bounded(latents)))
 
     def lookup(self, codes: Tensor) -> Tensor:
         """The bin centers of codes int64 [B, h, w] as float [B, D, h, w]."""
         digits = codes.unsqueeze(1) // self._radix.view(1, -1, 1, 1) % self._levels.view(1, -1, 1, 1)
         return (2 * digits.float() + 1) / self._levels.view(1, -1, 1, 1) - 1
+
+    def _bounded(self, latents: Tensor) -> Tensor:
+        """Latents [B, D, h, w] in (-1, 1)."""
+        # fp32: a bf16 latent near a bin border would round differently from one machine to the next
+        wide = latents.float()
+        return torch.tanh(wide) if self.activation == "tanh" else 2 * torch.sigmoid(IFSQ_SLOPE * wide) - 1
+
+    def _index(self, bounded: Tensor) -> Tensor:
+        """The bin of each channel, float [B, D, h, w]."""
+        levels = self._levels.view(1, -1, 1, 1)
+        return ((bounded + 1) / 2 * levels).floor().clamp_(torch.zeros_like(levels), levels - 1)
+
+    def _number(self, index: Tensor) -> Tensor:
+        """Bins [B, D, h, w] as mixed-radix numbers int64 [B, h, w]."""
+        return (index.long() * self._radix.view(1, -1, 1, 1)).sum(dim=1)

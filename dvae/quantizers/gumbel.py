@@ -72,7 +72,7 @@ class GumbelQuantizer(nn.Module):
         if temperature <= 0:
             raise ValueError(f"the Gumbel temperature must be positive; got {temperature}")
         logits = self.logits(latents)  # [B, K, h, w]
-        codes = logits.argmax(dim=1)  # [B, h, w]
+        codes = logits.detach().argmax(dim=1)  # [B, h, w]
         terms = {"kl": kl_to_uniform(logits)}
         if not self.training:
             return Quantized(codes=codes, embedding=self.lookup(codes), terms=terms)
@@ -83,6 +83,10 @@ class GumbelQuantizer(nn.Module):
         with torch.autocast(latents.device.type, enabled=False):
             embedding = torch.einsum("bkhw,kc->bchw", relaxed, self._embeddings())
         return Quantized(codes=codes, embedding=embedding, terms=terms)
+
+    def codes(self, latents: Tensor) -> Tensor:
+        """The most likely code of each position, int64 [B, h, w]."""
+        return self.logits(latents).argmax(dim=1)
 
     def logits(self, latents: Tensor) -> Tensor:
         """The logits float32 [B, K, h, w] of the codes."""

@@ -152,6 +152,13 @@ class VectorQuantizer(nn.Module):
             straight_through = chosen.detach() + (directions - directions.detach())
             return Quantized(codes=codes, embedding=math.sqrt(self.embedding_dim) * straight_through, terms=terms)
 
+    def codes(self, latents: Tensor) -> Tensor:
+        """The codes int64 [B, h, w] of latents [B, D, h, w]; the codebook stays as it is."""
+        with torch.autocast(latents.device.type, enabled=False):
+            directions = F.normalize(latents.detach().to(self.codebook.dtype), dim=1)  # [B, D, h, w]
+            vectors = directions.permute(0, 2, 3, 1).flatten(0, 2)  # [N, D]
+            return self._choose(vectors).view(len(latents), *latents.shape[2:])
+
     def lookup(self, codes: Tensor) -> Tensor:
         """The embeddings of codes int64 [B, h, w] as float [B, D, h, w], of length sqrt(D)."""
         return math.sqrt(self.embedding_dim) * self._unit_codes(codes)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from itertools import islice
@@ -21,6 +20,7 @@ from tessera.data.read_ahead import read_ahead
 from tessera.data.sources import resolve_inside
 from tessera.data.views import Views, cut_views
 from tessera.errors import UserError
+from tessera.precision import usable_cores
 
 NUM_SCENES = {"train": 20_000, "validation": 1_000}
 VERSION = 1
@@ -275,7 +275,7 @@ def read_views(
 
     # Decoders release Python's lock; drawing does not, and fonts are not made for several threads.
     is_drawn = images is None and not isinstance(corpus, ManifestCorpus)
-    threads = 1 if is_drawn else os.cpu_count() or 1
+    threads = 1 if is_drawn else usable_cores()
     indices = range(start, len(corpus))
     with closing(read_ahead(read, indices, threads=threads, most_ahead=2 * batch_size)) as pictures:
         while batch := list(islice(pictures, batch_size)):

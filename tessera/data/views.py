@@ -1,7 +1,7 @@
 """Views of a picture: as the corpus shows it, then random crops of it, so that the prior sees more than one encoding.
 
-The crops are those of the DALL-E paper's transformer stage (Ramesh et al. 2021, appendix B, listing 2): mild and near
-the middle, because a caption speaks of the whole picture.
+In the manner of the DALL-E paper's transformer stage (Ramesh et al. 2021, appendix B, listing 2) the crops are mild and
+near the middle, because a caption speaks of the whole picture.
 """
 
 from dataclasses import dataclass

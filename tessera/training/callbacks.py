@@ -87,11 +87,12 @@ class HorizonAveraging(WeightAveraging):
     Args:
         share: of training, above 0, over which weights are averaged.
         clock: knows how many steps there will be.
+        device: where training takes place; Lightning would keep the average where the module was built.
     """
 
-    def __init__(self, share: float, clock: ProgressClock) -> None:
+    def __init__(self, share: float, clock: ProgressClock, *, device: torch.device) -> None:
         # Averaging integer buffers truncates them: a radix of 200 becomes 199 and every code a wrong one.
-        super().__init__(use_buffers=False, multi_avg_fn=self._average)
+        super().__init__(device=device, use_buffers=False, multi_avg_fn=self._average)
         self.share, self.clock = share, clock
 
     @property

@@ -49,8 +49,8 @@ class OptimizerConfig:
     """the rate at the end as a share of the peak"""
     embedding_rate: float = 10.0
     """learning rate of embedding tables as a multiple of learning_rate"""
-    clip_norm: float = 1.0
-    """largest norm of the gradient"""
+    clip_norm: float | None = 1.0
+    """largest norm of the gradient; null for no limit"""
     ema_horizon: float = 0.03
     """share of training over which weights are averaged; 0 switches averaging off"""
 
@@ -60,6 +60,8 @@ class OptimizerConfig:
                 f"optim needs learning_rate > 0 and warmup and ema_horizon in [0, 1); "
                 f"got {self.learning_rate}, {self.warmup} and {self.ema_horizon}"
             )
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UserError(f"optim.clip_norm must be positive, or null for no limit; got {self.clip_norm}")
         if not self.warmup < self.decay_share <= 1:
             raise UserError(
                 f"optim.decay_share must lie above warmup ({self.warmup}) and be at most 1; got {self.decay_share}"

@@ -130,7 +130,7 @@ def run_training(
     saver = Saver(
         checkpoint_dir, every_seconds=config.checkpoint_every_seconds, every_steps=config.checkpoint_every_steps
     )
-    averaging = [HorizonAveraging(optim.ema_horizon, clock)] if optim.ema_horizon else []
+    averaging = [HorizonAveraging(optim.ema_horizon, clock, device=device)] if optim.ema_horizon else []
     module.progress = 0.0  # type: ignore[assignment]
     if config.compile:
         module.model.compile()  # type: ignore[operator]
@@ -143,7 +143,7 @@ def run_training(
             precision="bf16-mixed" if precision.name == "bf16" else "32-true",
             max_steps=config.max_steps,
             max_epochs=-1,
-            logger=_loggers(name, config, run_dir, start_step=start_step),
+            logger=_loggers(config, run_dir, start_step=start_step),
             callbacks=[
                 clock,
                 *averaging,
@@ -187,7 +187,7 @@ def run_training(
     return TrainingResult(steps=trainer.global_step, seconds=clock.seconds, metrics=metrics)
 
 
-def _loggers(name: str, config: TrainerConfig, run_dir: Path, *, start_step: int) -> list[Logger]:
+def _loggers(config: TrainerConfig, run_dir: Path, *, start_step: int) -> list[Logger]:
     loggers: list[Logger] = [
         CSVLogger(
             run_dir,
@@ -199,7 +199,7 @@ def _loggers(name: str, config: TrainerConfig, run_dir: Path, *, start_step: int
     ]
     if config.wandb_project is not None:
         try:
-            loggers.append(WandbLogger(project=config.wandb_project, name=f"{run_dir.name} {name}", save_dir=run_dir))
+            loggers.append(WandbLogger(project=config.wandb_project, name=str(run_dir), save_dir=run_dir))
         except ModuleNotFoundError as error:
             raise UserError(
                 "trainer.wandb_project needs the wandb package: `pip install wandb`, or leave it out: "

@@ -237,12 +237,6 @@ def test_before_the_ramp_the_discriminator_learns_and_the_decoder_pays_nothing()
     assert len(passes) == 3
 
 
-def test_all_terms_have_names_for_the_log() -> None:
-    losses = Setting().losses
-    assert set(losses.terms) == set(AdversarialLosses._fields)
-    assert losses.terms["lecam"] is losses.lecam
-
-
 def test_losses_are_float32_under_bf16_autocast() -> None:
     step = Setting()
     with torch.autocast("cpu", torch.bfloat16):

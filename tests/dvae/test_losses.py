@@ -26,6 +26,27 @@ def test_logit_laplace_is_a_density() -> None:
     assert float(nll) == pytest.approx(-math.log(float(density[..., 1000])), rel=1e-4)
 
 
+def test_the_likelihoods_gradient_is_that_of_finite_differences() -> None:
+    images = torch.rand(1, 3, 2, 2, dtype=torch.float64)
+    output = torch.randn(1, 6, 2, 2, dtype=torch.float64)
+    single = output.float().requires_grad_()
+    (gradient,) = torch.autograd.grad(logit_laplace_nll(single, images.float()), single)
+
+    def exactly(values: torch.Tensor) -> torch.Tensor:
+        location, log_scale = values.chunk(2, dim=1)
+        x = squeeze_pixels(images)
+        scale = log_scale.exp()
+        density = torch.exp(-(torch.logit(x) - location).abs() / scale) / (2 * scale * x * (1 - x))
+        return -density.log().mean()
+
+    step = 1e-6
+    for place in range(output.numel()):
+        shift = torch.zeros_like(output)
+        shift.view(-1)[place] = step
+        slope = (exactly(output + shift) - exactly(output - shift)) / (2 * step)
+        assert float(gradient.flatten()[place]) == pytest.approx(float(slope), rel=1e-3, abs=1e-5)
+
+
 def test_a_perfect_picture_costs_nothing_and_a_wrong_one_something() -> None:
     config = LossConfig(l1=1.0, l2=1.0, ssim=1.0, ms_ssim=1.0)
     images = torch.rand(2, 3, 24, 32)

@@ -56,6 +56,18 @@ def test_an_image_has_the_same_codes_alone_or_in_any_batch() -> None:
         assert torch.equal(vae.encode(images[index : index + 1])[0], together[index])
 
 
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_encoding_teaches_the_model_nothing(quantizer: str) -> None:
+    config = DiscreteVAEConfig(widths=(16,), blocks=(1,), quantizer=quantizer, codebook_size=20)  # type: ignore[arg-type]
+    vae = DiscreteVAE(config).train()
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    images = torch.rand(2, 3, 16, 16)
+    codes = vae.encode(images)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vae.state_dict().items())
+    assert torch.equal(vae.eval().encode(images), codes)
+    assert torch.equal(vae(images).codes, codes)
+
+
 def test_codes_out_of_range_are_refused() -> None:
     vae = DiscreteVAE(TINY)
     with pytest.raises(ValueError, match=r"codes must lie in \[0, 20\), the size of this codebook; got 0 to 20"):

@@ -51,7 +51,7 @@ def test_reconstructing_is_encoding_and_decoding(vae: DiscreteVAE, monkeypatch: 
     expected = (vae.decode(torch.from_numpy(codes)) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     assert remade.dtype == np.uint8 and np.array_equal(remade, expected)
     assert remade.std() > 1, "a blank picture would make this test blind"
-    monkeypatch.setattr("dvae.reconstruct._AT_ONCE", 2)
+    monkeypatch.setattr("dvae.reconstruct._MOST_AT_ONCE", 2)
     assert np.array_equal(encode_images(vae, images, precision=FP32), codes)
     assert np.array_equal(decode_grids(vae, codes.astype(np.uint16), precision=FP32), remade)
 

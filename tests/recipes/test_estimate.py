@@ -1,6 +1,7 @@
 """What training will take: counted parameters, and speed and memory that follow from the settings."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,20 @@ def test_activations_grow_with_the_picture() -> None:
     small = estimate(TINY).activations_gib
     large = estimate(replace(TINY, data=DataConfig(image_size=(32, 48)))).activations_gib
     assert large == pytest.approx(4 * small, rel=0.15)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_grow_with_the_batch_and_weights_do_not(precision: Any) -> None:
+    wide = replace(TINY, model=DiscreteVAEConfig(widths=(64, 128), blocks=(1, 1), levels=(4, 4)))
+
+    def activations(batch_size: int) -> float:
+        trainer = replace(TINY.trainer, batch_size=batch_size, precision=precision)
+        return estimate(replace(wide, trainer=trainer)).activations_gib
+
+    one, two, four = (activations(batch_size) for batch_size in (1, 2, 4))
+    assert four - two == pytest.approx(2 * (two - one), rel=1e-6)
+    if precision == "bf16":
+        assert two < 1.9 * one, "weights in bf16 are kept once, however many pictures there are"
 
 
 def test_a_discriminator_is_counted() -> None:

@@ -17,11 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 STAGES = {  # commands that take YAML files and key=value
     "train-dvae": "dvae.train:TrainConfig",
+    "estimate": "dvae.train:TrainConfig",
     "encode": "dvae.encode:EncodeConfig",
     "train-prior": "transformer.train:TrainConfig",
     "train-scorer": "scorer.train:TrainConfig",
 }
-QUICK = ("generate", "rerank", "reconstruct", "info")
+QUICK = ("generate", "rerank", "reconstruct", "codebook", "info")
 
 
 def commands_in(text: str) -> list[str]:

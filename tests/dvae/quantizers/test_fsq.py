@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dvae.quantizers.fsq import IFSQ_SLOPE, FiniteScalarQuantizer
+from dvae.quantizers.fsq import IFSQ_SLOPE, FiniteScalarQuantizer, FSQActivation
 
 
 def test_every_code_is_looked_up_to_latents_that_quantize_to_it() -> None:
@@ -24,13 +24,15 @@ def test_bins_are_filled_evenly_by_normal_latents() -> None:
     assert share.max() < 1.4 / 8
 
 
-def test_the_gradient_is_that_of_the_bound() -> None:
-    quantizer = FiniteScalarQuantizer((5, 5))
+@pytest.mark.parametrize("activation", ["ifsq", "tanh"])
+def test_the_gradient_is_that_of_the_bound(activation: FSQActivation) -> None:
+    quantizer = FiniteScalarQuantizer((5, 5), activation=activation)
     latents = torch.randn(2, 2, 3, 3, dtype=torch.float32, requires_grad=True)
     weights = torch.randn(2, 2, 3, 3)
     (quantizer(latents).embedding * weights).sum().backward()
     other = latents.detach().clone().requires_grad_()
-    ((2 * torch.sigmoid(IFSQ_SLOPE * other) - 1) * weights).sum().backward()
+    bound = torch.tanh(other) if activation == "tanh" else 2 * torch.sigmoid(IFSQ_SLOPE * other) - 1
+    (bound * weights).sum().backward()
     torch.testing.assert_close(latents.grad, other.grad)
 
 
@@ -43,3 +45,12 @@ def test_extreme_latents_stay_in_range() -> None:
 def test_a_single_level_is_refused() -> None:
     with pytest.raises(ValueError, match=r"got \(8, 1\)"):
         FiniteScalarQuantizer((8, 1))
+
+
+@pytest.mark.parametrize("activation", ["ifsq", "tanh"])
+def test_the_bound_decides_the_bin(activation: FSQActivation) -> None:
+    quantizer = FiniteScalarQuantizer((4,), activation=activation)
+    latents = torch.linspace(-3, 3, 61).view(1, 1, 1, -1)
+    bound = torch.tanh(latents) if activation == "tanh" else 2 * torch.sigmoid(1.6 * latents) - 1
+    assert torch.equal(quantizer.codes(latents), ((bound + 1) * 2).floor().long()[:, 0])
+    assert torch.equal(quantizer(latents).codes, quantizer.codes(latents))

@@ -60,3 +60,50 @@ def test_evaluation_is_the_hard_argmax() -> None:
 def test_a_temperature_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="temperature must be positive; got 0"):
         GumbelQuantizer(4, 2)(torch.zeros(1, 4, 1, 1), temperature=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_relaxed_gradient_is_that_of_finite_differences(tied: bool) -> None:
+    torch.manual_seed(0)
+    quantizer = GumbelQuantizer(5, 3, tied=tied).train()
+    latents = torch.randn(1, quantizer.latent_dim, 2, 2, requires_grad=True)
+    weights = torch.randn(1, 3, 2, 2)
+
+    def loss(values: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)  # the same noise every time
+        result = quantizer(values, temperature=0.7)
+        return (result.embedding * weights).sum() + result.terms["kl"]
+
+    (gradient,) = torch.autograd.grad(loss(latents), latents)
+    direction = torch.randn_like(latents)
+    step = 1e-2
+    with torch.no_grad():
+        slope = (loss(latents + step * direction) - loss(latents - step * direction)) / (2 * step)
+    assert float((gradient * direction).sum()) == pytest.approx(float(slope), rel=2e-2, abs=1e-3)
+
+
+def test_tied_logits_are_cosines_and_the_nearest_embedding_wins() -> None:
+    torch.manual_seed(0)
+    quantizer = GumbelQuantizer(32, 4, tied=True).eval()
+    latents = torch.randn(2, 4, 3, 3)
+    logits = quantizer.logits(latents).detach()
+    scale = float(quantizer.log_scale.detach().exp())  # type: ignore[union-attr]
+    vectors = latents.permute(0, 2, 3, 1).reshape(-1, 4)
+    cosines = torch.cosine_similarity(vectors[:, None], quantizer.codebook.detach()[None], dim=-1)
+    torch.testing.assert_close(logits.permute(0, 2, 3, 1).reshape(-1, 32), scale * cosines)
+    assert torch.equal(quantizer.codes(latents).flatten(), cosines.argmax(dim=1))
+    torch.testing.assert_close(quantizer.logits(7 * latents).detach(), logits, msg="length says nothing")
+
+
+def test_tied_embeddings_have_unit_variance_and_are_looked_up_as_decoded() -> None:
+    quantizer = GumbelQuantizer(32, 4, tied=True).eval()
+    result = quantizer(torch.randn(1, 4, 5, 5))
+    torch.testing.assert_close(result.embedding, quantizer.lookup(result.codes))
+    torch.testing.assert_close(result.embedding.detach().square().mean(dim=1), torch.ones(1, 5, 5))
+
+
+def test_encoding_draws_nothing() -> None:
+    quantizer = GumbelQuantizer(16, 4, tied=True).train()
+    before = torch.get_rng_state()
+    quantizer.codes(torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), before)

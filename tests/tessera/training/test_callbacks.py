@@ -11,6 +11,8 @@ from torch import nn
 from tessera.training.callbacks import HorizonAveraging, ProgressClock
 from tessera.training.optim import OptimizerConfig
 
+CPU = torch.device("cpu")
+
 
 class OneWeight(pl.LightningModule):
     def __init__(self) -> None:
@@ -29,7 +31,7 @@ def trainer_at(step: int) -> Any:
 @pytest.mark.parametrize("share, every", [(0.1, 1), (0.5, 2)])
 def test_the_average_is_that_of_a_plain_loop(share: float, every: int) -> None:
     module = OneWeight()
-    averaging = HorizonAveraging(share, clock_of(120))
+    averaging = HorizonAveraging(share, clock_of(120), device=CPU)
     averaging.setup(trainer_at(0), module, "fit")
     for step in range(120):
         module.weight.add_(1)
@@ -44,7 +46,7 @@ def test_the_average_is_that_of_a_plain_loop(share: float, every: int) -> None:
 
 def test_the_horizon_follows_the_clock_where_it_ends_first(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = clock_of(1_000_000, budget_seconds=100.0)
-    averaging = HorizonAveraging(0.03, clock)
+    averaging = HorizonAveraging(0.03, clock, device=CPU)
     assert averaging.horizon_steps == 30_000
     monkeypatch.setattr(ProgressClock, "seconds", 25.0)
     clock.on_train_batch_start(trainer_at(1500), OneWeight(), None, 0)

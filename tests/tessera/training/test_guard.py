@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from tessera.data.loader import Batch
 from tessera.data.order import SampleKey
 from tessera.errors import UserError
+from tessera.training.callbacks import Saver
 from tessera.training.checkpoint import checkpoints
+from tessera.training.guard import GradientGuard
 from tessera.training.metrics import read_metrics
 from tessera.training.optim import OptimizerConfig, build_optimizer
 from tessera.training.run import TrainerConfig, TrainingResult, run_training
@@ -51,14 +53,16 @@ class Lit(pl.LightningModule):
         return build_optimizer(self.model, OPTIM)
 
 
-def run(run_dir: Path, lit: Lit, *, steps: int = 8, stop_after: int = 3) -> TrainingResult:
+def run(
+    run_dir: Path, lit: Lit, *, steps: int = 8, stop_after: int = 3, checkpoint_every_steps: int | None = 1
+) -> TrainingResult:
     config = TrainerConfig(
         max_steps=steps,
         batch_size=2,
         device="cpu",
         precision="fp32",
         stop_after_skipped=stop_after,
-        checkpoint_every_steps=1,
+        checkpoint_every_steps=checkpoint_every_steps,
         log_every_steps=1,
     )
     return run_training(lit, Ones(), name="test", config=config, optim=OPTIM, run_dir=run_dir)
@@ -89,13 +93,36 @@ def test_a_finite_loss_with_an_infinite_gradient_is_skipped_too(tmp_path: Path) 
 
 def test_too_many_in_a_row_end_the_run_with_the_last_good_state_saved(tmp_path: Path) -> None:
     lit = Lit(lambda step, loss: loss * torch.nan if step >= 4 else loss)
-    with pytest.raises(
-        UserError, match=r"not finite in 4 steps in a row, up to step 8: .*step-000000007.ckpt; a lower"
-    ):
-        run(tmp_path, lit, steps=50)
-    saved = torch.load(checkpoints(tmp_path / "checkpoints")[-1], weights_only=True)["state_dict"]["model.weight"]
-    assert torch.equal(saved, lit.weights[4])
-    assert torch.isfinite(saved).all()
+    with pytest.raises(UserError, match=r"4 steps in a row, up to step 8: .*step-000000008.ckpt; a lower"):
+        run(tmp_path, lit, steps=50, checkpoint_every_steps=None)
+    (saved,) = checkpoints(tmp_path / "checkpoints")
+    weight = torch.load(saved, weights_only=True)["state_dict"]["model.weight"]
+    assert torch.equal(weight, lit.weights[4])
+    assert torch.isfinite(weight).all()
+    mended = Lit(lambda step, loss: loss)
+    assert run(tmp_path, mended, steps=12, checkpoint_every_steps=None).steps == 12
+    assert torch.equal(mended.weights[0], weight)
+    assert len(mended.weights) == 4, "it goes on behind the steps that failed"
+
+
+def test_without_a_limit_nothing_is_clipped() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3e4, 4e4])
+    optimizer = build_optimizer(nn.ParameterList([parameter]), OPTIM)
+    guard = GradientGuard(clip_norm=None, stop_after=0, saver=Saver(Path("nowhere"), every_seconds=1e9))
+    guard.on_before_optimizer_step(None, None, optimizer)  # type: ignore[arg-type]
+    torch.testing.assert_close(parameter.grad, torch.tensor([3e4, 4e4]))
+
+
+def test_networks_that_learn_apart_are_clipped_apart() -> None:
+    model, judge = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+    optimizer = build_optimizer(model, OPTIM)
+    optimizer.add_network(list(judge.parameters()), rate=1.0, betas=(0.5, 0.9))
+    model.weight.grad, judge.weight.grad = torch.tensor([[0.3, 0.0]]), torch.tensor([[300.0, 400.0]])
+    guard = GradientGuard(clip_norm=0.5, stop_after=0, saver=Saver(Path("nowhere"), every_seconds=1e9))
+    guard.on_before_optimizer_step(None, None, optimizer)  # type: ignore[arg-type]
+    torch.testing.assert_close(model.weight.grad, torch.tensor([[0.3, 0.0]]))
+    torch.testing.assert_close(judge.weight.grad, torch.tensor([[0.3, 0.4]]))
 
 
 def test_a_good_step_starts_the_count_in_a_row_again(tmp_path: Path) -> None:

@@ -131,5 +131,7 @@ def test_the_rate_may_have_fallen_before_the_end() -> None:
 
 
 def test_impossible_rates_are_refused() -> None:
+    with pytest.raises(UserError, match="clip_norm must be positive, or null for no limit; got 0"):
+        OptimizerConfig(clip_norm=0.0)
     with pytest.raises(UserError, match="got 0"):
         OptimizerConfig(learning_rate=0)
