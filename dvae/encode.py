@@ -168,7 +168,14 @@ def _write(
     with (
         ShardWriter(directory, index) as writer,
         closing(
-            read_views(corpus, views, batch_size=batch_size, start=writer.complete, directory=cache)
+            read_views(
+                corpus,
+                views,
+                batch_size=batch_size,
+                start=writer.complete,
+                directory=cache,
+                ahead=device.type != "cpu",
+            )
         ) as read_batches,
         _progress(index.num_samples, first=writer.complete) as show,
     ):

@@ -238,9 +238,15 @@ def load_images(
 
 
 def read_views(
-    corpus: Corpus, views: Views, *, batch_size: int, start: int = 0, directory: Path | None = None
+    corpus: Corpus,
+    views: Views,
+    *,
+    batch_size: int,
+    start: int = 0,
+    directory: Path | None = None,
+    ahead: bool = False,
 ) -> Generator[NDArray[np.uint8], None, None]:
-    """Reads the pictures of a corpus in order, ahead of whoever takes them; memory does not grow with their number.
+    """Reads the pictures of a corpus in order and in several threads; memory does not grow with their number.
 
     Close the iterator when leaving it early. Captions of a picture are right once its batch is there, see
     `ManifestCorpus`.
@@ -248,9 +254,11 @@ def read_views(
     Args:
         corpus: any corpus.
         views: what is taken of every picture.
-        batch_size: pictures at once, at least 1; about twice as many wait.
+        batch_size: pictures at once, at least 1.
         start: the first picture, from 0.
         directory: where `load_images` may have put the pictures; taken from there, they are not made again.
+        ahead: also read while the caller is busy with a batch, up to two batches more: for one who computes on a GPU,
+            and not on the cores that reading needs.
 
     Yields:
         uint8 [n, V, height, width, 3], RGB, with n = batch_size but in the last batch.
@@ -277,9 +285,12 @@ def read_views(
     is_drawn = images is None and not isinstance(corpus, ManifestCorpus)
     threads = 1 if is_drawn else usable_cores()
     indices = range(start, len(corpus))
-    with closing(read_ahead(read, indices, threads=threads, most_ahead=2 * batch_size)) as pictures:
-        while batch := list(islice(pictures, batch_size)):
-            yield np.stack(batch)
+    at_once = max(1, len(indices)) if ahead else batch_size
+    for first in range(0, len(indices), at_once):
+        part = indices[first : first + at_once]
+        with closing(read_ahead(read, part, threads=threads, most_ahead=2 * batch_size)) as pictures:
+            while batch := list(islice(pictures, batch_size)):
+                yield np.stack(batch)
 
 
 def _reported(corpus: Corpus, on_progress: Progress | None) -> Iterator[NDArray[np.uint8]]:
