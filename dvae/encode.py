@@ -1,6 +1,6 @@
 """Turns a corpus into token shards with the dVAE of a model folder: `tessera encode key=value ...`.
 
-Pictures are read by threads while the model computes, and codes are written as they come: of the whole corpus only the
+Pictures are read by threads, ahead of a model on a GPU, and codes are written as they come: of the corpus only the
 captions are held, and after an interruption the same command goes on.
 """
 
