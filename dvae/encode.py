@@ -1,7 +1,8 @@
 """Turns a corpus into token shards with the dVAE of a model folder: `tessera encode key=value ...`.
 
-Pictures are read by threads, ahead of a model on a GPU, and codes are written as they come: of the corpus only the
-captions are held, and after an interruption the same command goes on.
+Pictures are read by several threads, a batch at a time, and codes are written as they come: of the corpus, captions
+alone are held, and after an interruption the same command goes on. While a GPU computes, the threads read the next
+batches; on a CPU both need the same cores and take turns.
 """
 
 import logging

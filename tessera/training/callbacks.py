@@ -258,7 +258,9 @@ class ProgressLine(Callback):
             left = self.clock.seconds * (1 - progress) / progress
             if self.clock.budget_seconds is not None:  # the first steps compile and say little about the others
                 left = min(left, max(0.0, self.clock.budget_seconds - self.clock.seconds))
-            print(f"{text}  {progress:.0%}  {left:,.0f} s left", file=sys.stderr, flush=True)
+            started = trainer.global_step - self.first_step > 1  # the first step alone would foretell days
+            shown = f"{left:,.0f} s left" if started else "starting"
+            print(f"{text}  {progress:.0%}  {shown}", file=sys.stderr, flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._bar:

@@ -1,5 +1,7 @@
 """Encoding a corpus as a command: codes and captions, going on after an interruption, views, what is reported."""
 
+import io
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 
 from dvae import encode as encode_module
@@ -212,6 +215,15 @@ def test_a_log_file_gets_lines_and_the_user_the_speed(
     assert " images/s, " in printed.out and "% waiting for pictures; 8 text positions, " in printed.out
     main([*arguments, "crops=2"])
     assert "codes in" in (again := capsys.readouterr().out) and "; encoded before; 8 text positions" in again
+
+
+def test_a_terminal_gets_a_bar(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(
+        encode_module, "Console", lambda **_: Console(file=written, force_terminal=True, width=120, color_system=None)
+    )
+    encode(config_of(project))
+    assert re.search(r"encode  [\d,]+ images/s  waiting \d+% ━+ 20/20 ", written.getvalue())
 
 
 def test_settings_out_of_range_are_refused(project: Path) -> None:

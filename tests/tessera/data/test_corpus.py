@@ -2,6 +2,7 @@ import hashlib
 import logging
 import pickle
 import threading
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -223,9 +224,16 @@ def test_images_with_substitutes_are_not_reused(folder: Path, tmp_path: Path) ->
 
 
 def all_views(
-    corpus: Corpus, views: Views, *, batch_size: int = 3, start: int = 0, directory: Path | None = None
+    corpus: Corpus,
+    views: Views,
+    *,
+    batch_size: int = 3,
+    start: int = 0,
+    directory: Path | None = None,
+    ahead: bool = False,
 ) -> np.ndarray:
-    return np.concatenate(list(read_views(corpus, views, batch_size=batch_size, start=start, directory=directory)))
+    batches = read_views(corpus, views, batch_size=batch_size, start=start, directory=directory, ahead=ahead)
+    return np.concatenate(list(batches))
 
 
 def test_views_are_the_same_in_any_batches_from_any_start(corpus: ManifestCorpus) -> None:
@@ -234,6 +242,7 @@ def test_views_are_the_same_in_any_batches_from_any_start(corpus: ManifestCorpus
     assert whole.shape == (8, 3, *SIZE, 3)
     assert (all_views(corpus, views, batch_size=100) == whole).all()
     assert (all_views(corpus, views, batch_size=1, start=5) == whole[5:]).all()
+    assert (all_views(corpus, views, batch_size=2, start=5, ahead=True) == whole[5:]).all()
     assert [len(batch) for batch in read_views(corpus, Views(), batch_size=3, start=1)] == [3, 3, 1]
     for index in range(8):
         assert (whole[index, 0] == corpus.image(index)).all()
@@ -266,9 +275,23 @@ def test_captions_follow_the_pictures_of_a_batch(corpus: ManifestCorpus, folder:
     assert captions == [f"picture {number}" for number in (0, 1, 2, 4, 4, 5, 6, 7)]
 
 
-def test_a_reader_that_stops_early_leaves_no_thread_behind(corpus: ManifestCorpus) -> None:
+@pytest.mark.parametrize(("ahead", "read"), [(False, [2, 4]), (True, [2 + 4, 4 + 4])])
+def test_only_who_wants_it_has_pictures_read_while_busy(ahead: bool, read: list[int]) -> None:
+    corpus = Counted(20)
+    with closing(read_views(corpus, Views(), batch_size=2, ahead=ahead)) as batches:
+        for most in read:
+            next(batches)
+            deadline = time.monotonic() + 10
+            while corpus.num_images < most and time.monotonic() < deadline:
+                time.sleep(0.001)
+            assert corpus.num_images == most
+    assert (all_views(Counted(20), Views(), ahead=ahead)[:, 0, 0, 0, 0] == np.arange(20)).all()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_reader_that_stops_early_leaves_no_thread_behind(ahead: bool, corpus: ManifestCorpus) -> None:
     before = threading.active_count()
-    with closing(read_views(corpus, Views(), batch_size=1)) as batches:
+    with closing(read_views(corpus, Views(), batch_size=1, ahead=ahead)) as batches:
         next(batches)
         assert threading.active_count() > before
     assert threading.active_count() == before
