@@ -21,6 +21,7 @@ demo: $(INSTALLED) ## train on built-in scenes, generate, report: out/demo/repor
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter tests/transformer/kernels
 
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check

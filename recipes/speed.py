@@ -91,7 +91,8 @@ def _prior_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> tuple[floa
     device = resolve_device(plan.prior.trainer.device)
     precision = resolve_precision(plan.prior.trainer.precision, device)
     layout = layout_for(facts, plan.dvae.model)
-    model = Prior(replace(plan.prior.model, layout=layout)).to(device)
+    config = replace(plan.prior.model, layout=layout)
+    model = Prior(config, attention_backend=plan.prior.attention.backend).to(device)
     rows = plan.prior.trainer.batch_size
     text_ids = torch.randint(layout.num_text_ids, (rows, layout.text_len), device=device)  # [B, T]
     codes = torch.randint(layout.codebook_size, (rows, layout.image_len), device=device)  # [B, I]

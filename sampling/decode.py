@@ -202,8 +202,7 @@ def _prefill(prior: Prior, text_ids: Tensor, *, guided: bool) -> tuple[KVCache, 
 def rows_that_fit(prior: Prior) -> int:
     """How many rows one forward should hold: enough to keep the hardware busy, bounded by the memory of the cache."""
     parameter = next(prior.parameters())
-    config = prior.config
-    bytes_per_row = 2 * config.depth * config.dim * prior.layout.seq_len * parameter.element_size()
+    bytes_per_row = prior.cache_bytes_per_row(parameter.dtype)
     if parameter.device.type == "cuda":
         memory_bytes, most = torch.cuda.get_device_properties(parameter.device).total_memory, MAX_ROWS_GPU
     else:

@@ -1,5 +1,6 @@
-"""For all tests: the same random numbers whatever the order, and a visible skip of GPU tests where there is no GPU."""
+"""For all tests: the same random numbers whatever the order, and a visible skip of those that cannot run here."""
 
+import os
 import random
 
 import hypothesis
@@ -19,8 +20,8 @@ def _same_random_numbers() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        if item.get_closest_marker("interpreter") and os.environ.get("TRITON_INTERPRET") != "1":
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1, a run of its own: see make test"))

@@ -1,36 +1,312 @@
-"""Masked attention: one visible choice between plain matrix products and PyTorch's fused kernels."""
+"""Masked attention behind one function: which of the ways to compute it is taken, and why."""
+
+import importlib.util
+import logging
+import operator
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# B batch, H heads, Nq query positions, Nk key positions, D head width.
+from transformer.cache import LayerCache
+from transformer.kernels import ops, reference
+from transformer.kernels.launch_config import (
+    HEAD_DIMS,
+    LEAST_CAPABILITY,
+    SPARSE_PAYS_FROM_POSITIONS,
+    SPARSE_PAYS_FROM_RATIO,
+)
+from transformer.kernels.schedule import visited_ratio
+from transformer.masks import AttentionMask
+
+# B batch, H query heads, Hkv key-value heads, N positions, D head width.
+
+Backend = Literal["auto", "triton", "flex", "sdpa", "matmul", "reference"]
 
 # On a CPU the fused kernel's backward pass costs more than it saves below this many keys: at 87 keys, 64 rows and 4
 # heads in bf16, forward and backward took 47 to 60 ms fused and 20 to 25 ms written out.
 CPU_MATMUL_KEYS = 512
 
+_BLOCK = 64  # of the visited ratio that decides
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention with scale 1/sqrt(D).
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """How attention is computed; the result is the same up to rounding."""
+
+    backend: Backend = "auto"
+    """auto takes what suits mask, length and device; triton needs a GPU, reference is slow, in float64"""
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    backend: Backend = "auto",
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention among the first N positions of a mask.
+
+    Args:
+        query: [B, H, N, D]; any strides with the last dimension contiguous, so [B, N, H, D] transposed does.
+        key: [B, Hkv, N, D]; Hkv divides H, and each key-value head serves as many neighboring query heads.
+        value: [B, Hkv, N, D].
+        mask: which pairs are allowed; N is at most its length.
+        backend: auto (`choose_backend`), triton (the sparse kernels), flex (PyTorch's FlexAttention), sdpa (PyTorch's
+            fused kernels with a dense mask), matmul (written out) or reference (float64).
+        scale: factor of the scores; None is 1/sqrt(D).
+
+    Returns:
+        [B, H, N, D] in the dtype of `value`, or under autocast in autocast's.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or scale do not fit each other, the mask or the backend; says what would.
+    """
+    _check_shapes(query, key, value, mask)
+    if scale is not None and not scale > 0:
+        raise ValueError(f"the scale of attention scores must be positive; got {scale}")
+    length = operator.index(query.shape[2])  # a plain number for the compiler, too: masks are made for one length
+    dtype = query.dtype
+    if torch.amp.is_autocast_available(query.device.type) and torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+    else:
+        _check_dtypes(query, key, value)
+    chosen = _resolve(mask, length, query.shape[3], dtype, query.device, backend)
+    if chosen == "matmul":
+        return matmul_attention(query, key, value, _dense(mask, length, query.device), scale=scale)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if chosen == "triton":
+        return ops.sparse_attention(query, key, value, mask, scale=scale)
+    if chosen == "reference":
+        return reference.attention(query, key, value, mask, scale=scale)
+    if chosen == "flex":
+        return _flex(query, key, value, mask, scale)
+    if mask.kind == "full" or length <= mask.text_len:
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
+    # PyTorch's fused kernels take either a mask or grouped queries
+    key, value = _for_each_query_head(key, query), _for_each_query_head(value, query)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=_dense(mask, length, query.device), scale=scale)
+
+
+def choose_backend(
+    mask: AttentionMask, length: int, *, device: torch.device, head_dim: int, dtype: torch.dtype
+) -> Backend:
+    """What "auto" stands for, for the first `length` positions of a mask.
+
+    CPUs multiply dense matrices with a cached mask, written out where that is faster. GPUs take the sparse kernels
+    where the mask spares enough of a causal kernel's work; where it spares little, or the sequence is short, PyTorch's.
+    """
+    if device.type == "cpu":
+        return "matmul" if length <= CPU_MATMUL_KEYS else "sdpa"
+    if length < SPARSE_PAYS_FROM_POSITIONS or length <= mask.text_len or mask.kind == "full":
+        return "sdpa"
+    if why_not_triton(device=device, head_dim=head_dim, dtype=dtype) is not None:
+        return "sdpa"
+    ratio = visited_ratio(mask, length, block_q=_BLOCK, block_k=_BLOCK)
+    return "triton" if ratio >= SPARSE_PAYS_FROM_RATIO else "sdpa"
+
+
+def why_not_triton(*, device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run, with what they support; None where they can."""
+    if not _has_triton():
+        return "backend triton needs the package triton, which is not installed (it exists for Linux)"
+    if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[-1] or head_dim % 8:
+        return f"backend triton supports head widths of {HEAD_DIMS[0]} to {HEAD_DIMS[-1]} in steps of 8; got {head_dim}"
+    if dtype not in _DTYPES:
+        return f"backend triton supports float32, float16 and bfloat16; got {dtype}"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "backend triton needs a CUDA GPU (or TRITON_INTERPRET=1, for tests); got tensors on the CPU"
+    if device.type != "cuda":
+        return f"backend triton needs a CUDA GPU; got tensors on {device.type!r}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        needed, got = (f"{major}.{minor}" for major, minor in (LEAST_CAPABILITY, capability))
+        return f"backend triton needs a GPU of compute capability {needed} or newer; got {got}"
+    return None
+
+
+def matmul_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None = None
+) -> Tensor:
+    """Attention written out: two matrix products around a softmax in fp32.
 
     Args:
         query: [B, H, Nq, D].
-        key: [B, H, Nk, D].
-        value: [B, H, Nk, D].
+        key: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, D].
         mask: bool [Nq, Nk], True where attention is allowed, every row with at least one True; None allows all.
+        scale: factor of the scores; None is 1/sqrt(D).
 
     Returns:
         [B, H, Nq, D] in the dtype of `value`.
     """
-    if query.device.type == "cpu" and key.shape[2] <= CPU_MATMUL_KEYS:
-        return attend_by_matmul(query, key, value, mask)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-
-
-def attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """`attend` written out: two matrix products around a softmax in fp32."""
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # [B, H, Nq, Nk]
+    key, value = _for_each_query_head(key, query), _for_each_query_head(value, query)
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)  # [B, H, Nq, Nk]
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def decode_attention(
+    query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, position: int, *, backend: Backend = "auto"
+) -> Tensor:
+    """Attention of one new position against a cache, which receives its key and value.
+
+    Args:
+        query: [B, H, 1, D].
+        key: [B, Hkv, 1, D].
+        value: [B, Hkv, 1, D].
+        cache: of this layer, filled with all positions before; extended in place.
+        position: where in the sequence the new position stands.
+        backend: auto and triton as in `attention`; anything else reads the visible slots and multiplies.
+
+    Returns:
+        [B, H, 1, D] in the dtype of `value`.
+
+    Raises:
+        ValueError: the backend is unknown or cannot run here, or the mask has no such position.
+    """
+    _check_backend(backend)
+    if not 0 <= position < cache.layout.mask.seq_len:
+        raise ValueError(f"position must lie in [0, {cache.layout.mask.seq_len}); got {position}")
+    is_triton = backend == "triton"
+    if backend in ("auto", "triton"):
+        why_not = why_not_triton(device=query.device, head_dim=query.shape[3], dtype=cache.keys.dtype)
+        if is_triton and why_not:
+            raise ValueError(why_not)
+        is_triton = why_not is None and query.device.type == "cuda" or is_triton
+    if is_triton and position >= cache.layout.mask.text_len:
+        where = torch.full((1,), position, dtype=torch.int32, device=query.device)
+        dtype = cache.keys.dtype
+        attended = ops.decode_attention(
+            query.to(dtype), key.to(dtype), value.to(dtype), cache.keys, cache.values, where, cache.layout.mask
+        )
+        return attended.to(value.dtype)
+    cache.write(position, key, value)
+    visible = cache.layout.visible(position, query.device)
+    keys, values = cache.keys[:, :, visible].to(key.dtype), cache.values[:, :, visible].to(value.dtype)
+    if query.device.type == "cpu" and keys.shape[2] <= CPU_MATMUL_KEYS:
+        return matmul_attention(query, keys, values, None)
+    return F.scaled_dot_product_attention(query, keys, values, enable_gqa=query.shape[1] != keys.shape[1])
+
+
+def _resolve(
+    mask: AttentionMask, length: int, head_dim: int, dtype: torch.dtype, device: torch.device, backend: Backend
+) -> Backend:
+    """The backend to take; the compiler sees it, and the dense mask below, as constants."""
+    return _resolved(mask, length, head_dim, dtype, device, backend)
+
+
+@lru_cache(maxsize=256)
+def _resolved(
+    mask: AttentionMask, length: int, head_dim: int, dtype: torch.dtype, device: torch.device, backend: Backend
+) -> Backend:
+    """Checks the backend, and says in the log, once for each combination, what was chosen."""
+    _check_backend(backend)
+    chosen = backend
+    if backend == "auto":
+        chosen = choose_backend(mask, length, device=device, head_dim=head_dim, dtype=dtype)
+    elif backend == "triton":
+        why_not = why_not_triton(device=device, head_dim=head_dim, dtype=dtype)
+        if why_not:
+            raise ValueError(why_not)
+    logger.info("%s attention over %d positions on %s: %s", mask.kind, length, device, chosen)
+    return chosen
+
+
+def _dense(mask: AttentionMask, length: int, device: torch.device) -> Tensor:
+    return _cached_dense(mask, length, device)
+
+
+@lru_cache(maxsize=64)
+def _cached_dense(mask: AttentionMask, length: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # made in it, the mask would be useless to a later pass with gradients
+        return mask.dense(length).to(device)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler, and Triton with it.
+for function in (_resolve, _dense):
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float | None) -> Tensor:
+    block_mask = _flex_block_mask(mask, query.shape[2], query.device)
+    return _flex_function(query.device.type)(
+        query, key, value, block_mask=block_mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+@lru_cache(maxsize=64)
+def _flex_block_mask(mask: AttentionMask, length: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    with torch.inference_mode(False):  # as in `_cached_dense`
+        return create_block_mask(
+            lambda batch, head, query, key: mask.allowed(query, key), None, None, length, length, device=device.type
+        )
+
+
+@lru_cache
+def _flex_function(device_type: str) -> Callable[..., Any]:
+    """FlexAttention, compiled where that is what makes it fast; its CPU kernels know no backward pass."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+
+
+def _for_each_query_head(tensor: Tensor, query: Tensor) -> Tensor:
+    """[B, Hkv, N, D] to [B, H, N, D]; the tensor itself where there is nothing to repeat."""
+    group = query.shape[1] // tensor.shape[1]
+    return tensor if group == 1 else tensor.repeat_interleave(group, dim=1)
+
+
+@lru_cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in get_args(Backend):
+        raise ValueError(f"attention backend is one of {', '.join(get_args(Backend))}; got {backend!r}")
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> None:
+    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape or query.shape[1] % max(1, key.shape[1]):
+        raise ValueError(
+            "attention needs query [B, H, N, D] and key and value [B, Hkv, N, D] with H a multiple of Hkv; "
+            f"got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    if (query.shape[0], *query.shape[2:]) != (key.shape[0], *key.shape[2:]):
+        raise ValueError(
+            f"query and key must agree in batch, positions and head width; got {tuple(query.shape)} "
+            f"and {tuple(key.shape)}"
+        )
+    if not 1 <= query.shape[2] <= mask.seq_len:
+        raise ValueError(
+            f"the mask has {mask.seq_len} positions ({mask.text_len} text and {mask.grid_height}x{mask.grid_width} "
+            f"image); got {query.shape[2]}"
+        )
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.stride(3) != 1:
+            raise ValueError(
+                f"the last dimension of {name} must be contiguous (stride 1); got strides {tensor.stride()}"
+            )
+
+
+def _check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query, key and value must have one dtype; got {query.dtype}, {key.dtype} and {value.dtype}")

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tessera.training.optim import OptimizerConfig, build_optimizer
+from transformer.kernels.flops import register_flop_formulas
 from transformer.model import Prior, PriorOutput
 
 # B batch, T text positions, I image positions, V text ids, K codebook size.
@@ -54,6 +55,7 @@ class PriorLit(pl.LightningModule):
 
     def __init__(self, model: Prior, *, optim: OptimizerConfig) -> None:
         super().__init__()
+        register_flop_formulas()
         self.model = model
         self.optim = optim
 

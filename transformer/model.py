@@ -15,12 +15,13 @@ from torch.nn import functional as F
 from tessera.config import from_plain
 from tessera.errors import UserError
 from tessera.model_folder import ModelFolder
-from transformer.attention import attend
-from transformer.cache import KVCache
+from transformer.attention import Backend, attention, decode_attention
+from transformer.cache import KVCache, LayerCache
 from transformer.code_table import CodeTable
-from transformer.masks import AttentionMask, MaskKind, layer_kinds
+from transformer.masks import AttentionMask, ConvMode, MaskKind, RowMode, layer_kinds
 
-# B batch, T text positions, I image positions, N = T + I, C width, H heads, D head width, V text ids, K codebook size.
+# B batch, T text positions, I image positions, N = T + I, C width, H heads, Hkv heads of keys and values, D head width,
+# V text ids, K codebook size.
 
 
 # Scores of normalized queries and keys of D channels reach sqrt(D) before their gains: 5.7 in a head of 32, too little
@@ -83,10 +84,19 @@ class PriorConfig:
     """number of layers"""
     heads: int = 4
     """attention heads; dim / heads channels each, a multiple of 8"""
+    key_value_heads: int = 0
+    """heads of keys and values, each for as many attention heads (grouped-query attention); 0: one for each"""
     attention: tuple[MaskKind, ...] = ("full",)
     """mask kinds, repeated over the layers; a "conv" entry is kept for the last layer"""
+    row_mode: RowMode = "window"
+    """how far the row mask reaches: window to the position exactly above, own_row to the start of the row"""
+    conv_mode: ConvMode = "raster"
+    """of the conv mask's window: raster runs on in the neighboring row, clip ends at the grid's edges, torus wraps both
+    axes; quadrant has its lower right corner, not its center, on the position"""
     kernel_size: int = 11
-    """side of the conv mask's window, odd"""
+    """side of the conv mask's window, odd unless conv_mode is quadrant"""
+    dilation: int = 1
+    """distance between neighbors of the conv mask's window"""
     mlp_ratio: float = 2.75
     """hidden channels of the gated MLP per channel; 8/3 equals the parameters of a plain MLP of ratio 4"""
     rope_theta: float = 100.0
@@ -98,6 +108,35 @@ class PriorConfig:
                 f"prior dim must be a multiple of 8 x heads and depth at least 1; "
                 f"got dim={self.dim}, heads={self.heads}, depth={self.depth}"
             )
+        if self.key_value_heads < 0 or self.heads % self.num_key_value_heads:
+            raise UserError(
+                f"prior key_value_heads must divide heads, or be 0 for as many; "
+                f"got key_value_heads={self.key_value_heads}, heads={self.heads}"
+            )
+        self.masks()  # raises for a mask that cannot be
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Hkv, at least 1."""
+        return self.key_value_heads or self.heads
+
+    def masks(self) -> tuple[AttentionMask, ...]:
+        """The mask of each layer, one object for all layers of a kind."""
+        kinds = layer_kinds(self.attention, self.depth)
+        of_kind = {
+            kind: AttentionMask(
+                kind=kind,
+                text_len=self.layout.text_len,
+                grid_height=self.layout.grid_height,
+                grid_width=self.layout.grid_width,
+                row_mode=self.row_mode,
+                conv_mode=self.conv_mode,
+                kernel_size=self.kernel_size,
+                dilation=self.dilation,
+            )
+            for kind in set(kinds)
+        }
+        return tuple(of_kind[kind] for kind in kinds)
 
 
 class Norm(nn.Module):
@@ -142,28 +181,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with normalized queries and keys."""
+    """Multi-head self-attention with normalized queries and keys.
 
-    def __init__(self, dim: int, heads: int) -> None:
+    Fewer heads of keys and values than of queries are shared by neighboring ones (Ainslie et al. 2023, "GQA", section
+    2.2), which makes the cache smaller.
+    """
+
+    def __init__(self, dim: int, heads: int, key_value_heads: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.query_key_value = nn.Linear(dim, 3 * dim, bias=False)
-        self.query_gain = nn.Parameter(torch.empty(dim // heads))
-        self.key_gain = nn.Parameter(torch.empty(dim // heads))
+        self.heads, self.key_value_heads = heads, key_value_heads
+        head_dim = dim // heads
+        self.query_key_value = nn.Linear(dim, (heads + 2 * key_value_heads) * head_dim, bias=False)
+        self.query_gain = nn.Parameter(torch.empty(head_dim))
+        self.key_gain = nn.Parameter(torch.empty(head_dim))
         self.project = nn.Linear(dim, dim, bias=False)
 
     def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, n, C] to rotated queries, rotated keys and values, each [B, H, n, D]."""
-        batch, length, dim = x.shape
-        head_dim = dim // self.heads
-        heads = self.query_key_value(x).view(batch, length, 3, self.heads, head_dim)
+        """x [B, n, C] to rotated queries [B, H, n, D], and rotated keys and values [B, Hkv, n, D]."""
+        head_dim = len(self.query_gain)
+        heads = self.query_key_value(x).unflatten(-1, (-1, head_dim))  # [B, n, H + 2 Hkv, D]
         # queries and keys are normalized and turned together: half as many passes over memory
-        both = F.layer_norm(heads[:, :, :2], (head_dim,)) * torch.stack([self.query_gain, self.key_gain])[:, None].to(
-            x.dtype
-        )
-        both = rotate(both, cos.to(both.dtype)[:, None, None], sin.to(both.dtype)[:, None, None])  # [B, n, 2, H, D]
-        query, key = both.permute(2, 0, 3, 1, 4).unbind(0)
-        return query, key, heads[:, :, 2].transpose(1, 2)
+        both, value = heads.split([self.heads + self.key_value_heads, self.key_value_heads], dim=2)
+        gains = [self.query_gain.expand(self.heads, -1), self.key_gain.expand(self.key_value_heads, -1)]
+        both = F.layer_norm(both, (head_dim,)) * torch.cat(gains).to(x.dtype)
+        both = rotate(both, cos.to(both.dtype)[:, None], sin.to(both.dtype)[:, None]).transpose(1, 2)
+        query, key = both.split([self.heads, self.key_value_heads], dim=1)
+        return query, key, value.transpose(1, 2)
 
     def output(self, attended: Tensor) -> Tensor:
         """[B, H, n, D] back to [B, n, C]."""
@@ -190,23 +233,26 @@ class Block(nn.Module):
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         self.norm_attention = Norm(config.dim)
-        self.attention = Attention(config.dim, config.heads)
+        self.attention = Attention(config.dim, config.heads, config.num_key_value_heads)
         self.norm_mlp = Norm(config.dim)
         self.mlp = MLP(config.dim, config.mlp_ratio)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *, cache: KVCache | None, layer: int, start: int
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, *, cache: LayerCache | None, backend: Backend
     ) -> Tensor:
-        """x [B, n, C] are positions start .. start + n - 1; mask is bool [n, start + n].
-
-        With a cache, their keys and values are stored in it and the earlier positions are read from it.
-        """
+        """x [B, n, C] are positions 0 .. n - 1; a cache receives their keys and values."""
         query, key, value = self.attention.queries_keys_values(self.norm_attention(x), cos, sin)
         if cache is not None:
-            cache.write(layer, start, key, value)
-            end = start + x.shape[1]
-            key, value = cache.keys[layer, :, :, :end].to(key.dtype), cache.values[layer, :, :, :end].to(key.dtype)
-        x = x + self.attention.output(attend(query, key, value, mask))
+            cache.write(0, key, value)
+        x = x + self.attention.output(attention(query, key, value, mask, backend=backend))
+        return x + self.mlp(self.norm_mlp(x))
+
+    def decode(
+        self, x: Tensor, cos: Tensor, sin: Tensor, position: int, *, cache: LayerCache, backend: Backend
+    ) -> Tensor:
+        """x [B, 1, C] is the one position `position`; the cache holds all before it and is extended in place."""
+        query, key, value = self.attention.queries_keys_values(self.norm_attention(x), cos, sin)
+        x = x + self.attention.output(decode_attention(query, key, value, cache, position, backend=backend))
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -227,6 +273,10 @@ class Prior(nn.Module):
 
     Args:
         config: sizes; see `PriorConfig`.
+        attention_backend: how attention is computed; see `transformer.attention.attention`.
+
+    Attributes:
+        masks: the mask of each layer, first layer first.
 
     Example:
         >>> prior = Prior(PriorConfig(dim=32, depth=2, heads=2))
@@ -241,10 +291,12 @@ class Prior(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: PriorConfig) -> None:
+    def __init__(self, config: PriorConfig, *, attention_backend: Backend = "auto") -> None:
         super().__init__()
         self.config = config
+        self.attention_backend: Backend = attention_backend
         self.layout = layout = config.layout
+        self.masks = config.masks()
         self.text_embedding = nn.Embedding(layout.num_text_ids, config.dim)
         self.image_embedding = CodeTable(layout.codebook_size, layout.codebook_levels, config.dim)
         self.row_embedding = nn.Parameter(torch.zeros(layout.grid_height, config.dim))
@@ -253,16 +305,6 @@ class Prior(nn.Module):
         self.norm = Norm(config.dim)
         self.text_head = nn.Linear(config.dim, layout.num_text_ids, bias=False)
         self.image_head = CodeTable(layout.codebook_size, layout.codebook_levels, config.dim)
-        self.kinds = layer_kinds(config.attention, config.depth)
-        for kind in set(self.kinds):
-            mask = AttentionMask(
-                kind=kind,
-                text_len=layout.text_len,
-                grid_height=layout.grid_height,
-                grid_width=layout.grid_width,
-                kernel_size=config.kernel_size,
-            )
-            self.register_buffer(f"mask_{kind}", mask.dense(), persistent=False)
         angles = rotary_angles(layout, config.dim // config.heads, config.rope_theta)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -306,7 +348,7 @@ class Prior(nn.Module):
         self._check("text_ids", text_ids, layout.text_len)
         self._check("image_codes", image_codes, layout.image_len)
         x = torch.cat([self.text_embedding(text_ids), self._embed_codes(image_codes[:, :-1], 0)], dim=1)
-        x = self._run_blocks(x, start=0, cache=None)  # [B, N - 1, C]
+        x = self._run_blocks(x)  # [B, N - 1, C]
         text_logits = self.text_head(x[:, : layout.text_len - 1])
         image_logits = self.image_head.logits(x[:, layout.text_len - 1 :])
         return PriorOutput(text_logits, image_logits)
@@ -314,21 +356,17 @@ class Prior(nn.Module):
     def new_cache(self, batch_size: int, *, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch_size` rows, in the weights' dtype unless another is given."""
         weight = self.text_embedding.weight
-        return KVCache.empty(
-            layers=self.config.depth,
-            batch_size=batch_size,
-            heads=self.config.heads,
-            seq_len=self.layout.seq_len,
-            head_dim=self.config.dim // self.config.heads,
-            device=weight.device,
-            dtype=dtype or weight.dtype,
-        )
+        return self._empty_cache(batch_size, device=weight.device, dtype=dtype or weight.dtype)
+
+    def cache_bytes_per_row(self, dtype: torch.dtype) -> int:
+        """Memory that each row of a cache of this dtype takes."""
+        return self._empty_cache(1, device=torch.device("meta"), dtype=dtype).num_bytes
 
     @torch.no_grad()
     def prefill(self, text_ids: Tensor, cache: KVCache) -> Tensor:
         """Feeds all text ids int64 [B, T]; returns the float32 [B, K] logits of image code 0."""
         self._check("text_ids", text_ids, self.layout.text_len)
-        x = self._run_blocks(self.text_embedding(text_ids), start=0, cache=cache)
+        x = self._run_blocks(self.text_embedding(text_ids), cache=cache)
         return self.image_head.logits(x[:, -1]).float()
 
     @torch.no_grad()
@@ -342,9 +380,13 @@ class Prior(nn.Module):
         """
         if not 0 <= position < self.layout.image_len - 1:
             raise ValueError(f"position must lie in [0, {self.layout.image_len - 1}); got {position}")
-        x = self._embed_codes(codes[:, None], position)
-        x = self._run_blocks(x, start=self.layout.text_len + position, cache=cache)
-        return self.image_head.logits(x[:, -1]).float()
+        x = self._embed_codes(codes[:, None], position)  # [B, 1, C]
+        place = self.layout.text_len + position
+        cos, sin = self.cos[place : place + 1], self.sin[place : place + 1]
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            assert isinstance(block, Block)
+            x = block.decode(x, cos, sin, place, cache=layer, backend=self.attention_backend)
+        return self.image_head.logits(self.norm(x)[:, -1]).float()
 
     def null_text_ids(self) -> Tensor:
         """The ids of the empty caption, int64 [T]: the pad of every position."""
@@ -360,12 +402,22 @@ class Prior(nn.Module):
         scale = (1 + len(self.layout.codebook_levels)) ** -0.5
         return self.image_embedding(codes) * scale + where
 
-    def _run_blocks(self, x: Tensor, *, start: int, cache: KVCache | None) -> Tensor:
-        end = start + x.shape[1]
-        cos, sin = self.cos[start:end], self.sin[start:end]
-        for layer, (kind, block) in enumerate(zip(self.kinds, self.blocks, strict=True)):
-            mask = self.get_buffer(f"mask_{kind}")[start:end, :end]
-            x = block(x, cos, sin, mask, cache=cache, layer=layer, start=start)
+    def _empty_cache(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> KVCache:
+        return KVCache.empty(
+            masks=self.masks,
+            batch_size=batch_size,
+            heads=self.config.num_key_value_heads,
+            head_dim=self.config.dim // self.config.heads,
+            device=device,
+            dtype=dtype,
+        )
+
+    def _run_blocks(self, x: Tensor, *, cache: KVCache | None = None) -> Tensor:
+        """x [B, n, C] are positions 0 .. n - 1."""
+        cos, sin = self.cos[: x.shape[1]], self.sin[: x.shape[1]]
+        layers = [None] * len(self.masks) if cache is None else cache.layers
+        for block, mask, layer in zip(self.blocks, self.masks, layers, strict=True):
+            x = block(x, cos, sin, mask, cache=layer, backend=self.attention_backend)
         return self.norm(x)
 
     def _check(self, name: str, value: Tensor, length: int) -> None:
@@ -373,8 +425,13 @@ class Prior(nn.Module):
             raise ValueError(f"{name} must have shape [batch, {length}]; got {tuple(value.shape)}")
 
 
-def load(folder: ModelFolder, *, device: torch.device | str = "cpu") -> Prior:
+def load(folder: ModelFolder, *, device: torch.device | str = "cpu", attention_backend: Backend = "auto") -> Prior:
     """The frozen prior of a model folder, in evaluation mode.
+
+    Args:
+        folder: the model.
+        device: where the prior shall run.
+        attention_backend: how attention is computed; see `transformer.attention.attention`.
 
     Raises:
         UserError: if the folder has no prior.
@@ -382,6 +439,6 @@ def load(folder: ModelFolder, *, device: torch.device | str = "cpu") -> Prior:
     if not folder.has("prior"):
         raise UserError(f"{folder.path} has no prior part: train one with `tessera train-prior` or `tessera fit`")
     config = from_plain(PriorConfig, folder.config("prior"), source=f"{folder.path}/prior/config.yaml")
-    prior = Prior(config)
+    prior = Prior(config, attention_backend=attention_backend)
     prior.load_state_dict(folder.tensors("prior"))
     return prior.eval().requires_grad_(False).to(device)

@@ -18,6 +18,7 @@ from tessera.text_tokenizer import TextTokenizer
 from tessera.training import stage
 from tessera.training.optim import OptimizerConfig
 from tessera.training.run import TrainerConfig, run_training
+from transformer.attention import AttentionConfig
 from transformer.lit import PriorLit
 from transformer.model import Prior, PriorConfig, SequenceLayout
 
@@ -33,6 +34,8 @@ class TrainConfig:
     """token shards, made by `tessera encode`"""
     model: PriorConfig = PriorConfig()
     """sizes; `model.layout` is taken from the shards"""
+    attention: AttentionConfig = AttentionConfig()
+    """how attention is computed; no part of the model"""
     optim: OptimizerConfig = OptimizerConfig()
     """rates"""
     trainer: TrainerConfig = TrainerConfig(batch_size=64)
@@ -134,7 +137,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         shards, train_rows, tokenizer, condition_dropout=config.condition_dropout, bpe_dropout=config.bpe_dropout
     )
     torch.manual_seed(config.trainer.seed)
-    model = Prior(config.model)
+    model = Prior(config.model, attention_backend=config.attention.backend)
     result = run_training(
         PriorLit(model, optim=config.optim),
         source,

@@ -198,9 +198,9 @@ def test_progress_is_told_after_every_position_and_can_cancel() -> None:
 def test_a_large_cache_means_fewer_rows_in_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     prior = random_prior()
     assert rows_that_fit(prior) == 256
-    bytes_per_row = 2 * 4 * 32 * 17 * 4  # keys and values x layers x channels x positions x float32
-    cache = prior.new_cache(3)
-    assert cache.keys.nbytes + cache.values.nbytes == 3 * bytes_per_row
+    image_slots = 5 + 12 + 12 + 6  # what row, column, full and conv layers reach
+    bytes_per_row = 2 * 32 * (4 * 5 + image_slots) * 4  # keys and values x channels x slots x float32
+    assert prior.new_cache(3).num_bytes == 3 * bytes_per_row
     monkeypatch.setattr("sampling.decode.usable_memory_bytes", lambda: 8 * 5 * bytes_per_row)
     assert rows_that_fit(prior) == 5
 

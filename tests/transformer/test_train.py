@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tessera.config import load as load_config
 from tessera.config import to_plain
 from tessera.data.order import sample_keys
 from tessera.data.shards import ShardIndex, ShardWriter, TokenShards
@@ -14,6 +15,7 @@ from tessera.errors import UserError
 from tessera.model_folder import ModelFolder, write_part, write_tokenizer
 from tessera.text_tokenizer import TextTokenizer
 from tessera.training.run import TrainerConfig
+from transformer.attention import AttentionConfig
 from transformer.model import PriorConfig, load
 from transformer.train import TokenBatches, TrainConfig, split_rows, train, validation_batches
 
@@ -78,6 +80,23 @@ def test_it_trains_and_exports_with_the_layout_of_the_shards(project: Path) -> N
     assert folder.part_sha256("prior") == result["sha256"]
     assert {"val_image_loss", "val_text_loss", "val_caption_gap"} <= set(result["metrics"])
     assert train(config_of(project)) == result
+
+
+def test_the_attention_backend_is_a_setting_of_the_run_and_not_of_the_model(project: Path) -> None:
+    assert load_config(TrainConfig, ["attention.backend=flex"], prog="train").attention.backend == "flex"
+    with pytest.raises(UserError, match="attention.backend"):
+        load_config(TrainConfig, ["attention.backend=fast"], prog="train")
+    train(replace(config_of(project), attention=AttentionConfig(backend="reference")))
+    folder = ModelFolder.open(project / "model", parts=["dvae", "prior"])
+    assert "backend" not in str(folder.config("prior"))
+    assert load(folder).attention_backend == "auto"
+    assert load(folder, attention_backend="sdpa").attention_backend == "sdpa"
+
+
+def test_the_attention_backend_asked_for_trains(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="backend triton"):
+        train(replace(config_of(project), attention=AttentionConfig(backend="triton")))
 
 
 def test_shards_of_another_dvae_are_refused_by_name(project: Path) -> None:
