@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, get_args
@@ -116,6 +116,26 @@ def choose_backend(
         return "sdpa"
     ratio = visited_ratio(mask, length, block_q=_BLOCK, block_k=_BLOCK)
     return "triton" if ratio >= SPARSE_PAYS_FROM_RATIO else "sdpa"
+
+
+def describe_backends(
+    masks: Sequence[AttentionMask],
+    length: int,
+    *,
+    device: torch.device,
+    head_dim: int,
+    dtype: torch.dtype,
+    backend: Backend = "auto",
+) -> str:
+    """What `attention` will take for the masks of a model's layers, for the user: "row, column by triton; conv by sdpa".
+
+    Raises:
+        ValueError: the backend is unknown or cannot run there.
+    """
+    chosen: dict[Backend, list[str]] = {}
+    for mask in dict.fromkeys(masks):
+        chosen.setdefault(_resolved(mask, length, head_dim, dtype, device, backend), []).append(mask.kind)
+    return "; ".join(f"{', '.join(kinds)} by {name}" for name, kinds in chosen.items())
 
 
 def why_not_triton(*, device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:

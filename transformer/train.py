@@ -14,11 +14,12 @@ from tessera.data.order import SampleKey, mix, permuted
 from tessera.data.shards import TokenShards, batches
 from tessera.errors import UserError
 from tessera.model_folder import ModelFolder, write_part
+from tessera.precision import resolve_device, resolve_precision
 from tessera.text_tokenizer import TextTokenizer
 from tessera.training import stage
 from tessera.training.optim import OptimizerConfig
 from tessera.training.run import TrainerConfig, run_training
-from transformer.attention import AttentionConfig
+from transformer.attention import AttentionConfig, describe_backends
 from transformer.lit import PriorLit
 from transformer.model import Prior, PriorConfig, SequenceLayout
 
@@ -126,6 +127,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     check_shards(shards, folder)
     config = replace(config, model=replace(config.model, layout=layout_of(shards, tokenizer)))
     index = shards.index
+    _announce_attention(config)
     inputs = {"dvae": index.dvae_sha256, "tokenizer": tokenizer.sha256, "corpus": index.corpus_fingerprint}
     if index.crops > 1:
         inputs["views"] = f"{index.crops}, crop_scale {index.crop_scale:g}, flip {index.flip}, seed {index.crop_seed}"
@@ -164,6 +166,26 @@ def train(config: TrainConfig) -> dict[str, Any]:
     finished = {"steps": result.steps, "seconds": result.seconds, "metrics": result.metrics, "sha256": sha256}
     stage.finish(run_dir, finished)
     return finished
+
+
+def _announce_attention(config: TrainConfig) -> None:
+    """Tells the user how attention will be computed; refuses a backend that cannot run before anything is written."""
+    device = resolve_device(config.trainer.device)
+    is_bf16 = resolve_precision(config.trainer.precision, device).name == "bf16"
+    if config.attention.backend == "flex" and device.type == "cpu":
+        raise UserError("attention.backend: FlexAttention has no backward pass on a CPU; use auto or sdpa")
+    try:
+        chosen = describe_backends(
+            config.model.masks(),
+            config.model.layout.seq_len - 1,  # the last code is never an input
+            device=device,
+            head_dim=config.model.dim // config.model.heads,
+            dtype=torch.bfloat16 if is_bf16 else torch.float32,
+            backend=config.attention.backend,
+        )
+    except ValueError as error:
+        raise UserError(f"attention.backend: {error}") from None
+    print(f"attention: {chosen}", file=sys.stderr)
 
 
 def validation_batches(

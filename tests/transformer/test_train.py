@@ -160,3 +160,15 @@ def test_held_out_rows_are_never_trained_on() -> None:
 def test_shares_out_of_range_are_refused() -> None:
     with pytest.raises(UserError, match=r"condition_dropout must lie in \[0, 1\); got 1.5"):
         replace(TrainConfig(), condition_dropout=1.5)
+
+
+def test_the_user_is_told_how_attention_is_computed(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config_of(project))
+    assert "attention: full by matmul" in capsys.readouterr().err
+
+
+def test_flex_attention_cannot_train_on_a_cpu(project: Path) -> None:
+    config = replace(config_of(project), attention=AttentionConfig(backend="flex"))
+    with pytest.raises(UserError, match="FlexAttention has no backward pass on a CPU; use auto or sdpa"):
+        train(config)
+    assert not Path(config.run_dir).exists()

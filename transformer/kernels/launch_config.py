@@ -90,7 +90,7 @@ _FLOAT32: dict[tuple[KernelName, int], LaunchConfig] = {
     ("query_gradient", 32): LaunchConfig(32, 32, 4, 2),
     ("query_gradient", 64): LaunchConfig(32, 32, 4, 2),
     ("query_gradient", 128): LaunchConfig(32, 16, 8, 2),
-    ("key_value_gradient", 32): LaunchConfig(16, 32, 4, 2),
+    ("key_value_gradient", 32): LaunchConfig(16, 32, 8, 2),
     ("key_value_gradient", 64): LaunchConfig(16, 32, 8, 2),
     ("key_value_gradient", 128): LaunchConfig(16, 16, 4, 2),
 }
