@@ -137,11 +137,11 @@ class Goals(NamedTuple):
 
 
 # From "Sparse attention for DALL-E masks in Triton", section 7, the project's own goals, set before any measurement.
-# T64-G64-conv has none there for training against the best FlexAttention: 1.05 is what is asked of every cell.
+# Training against the best FlexAttention is to reach 1.05 everywhere, where section 7 asks for less or nothing, too.
 GOALS = {
-    "T256-G32-row": Goals(1.5, 1.4, None, 1.2, None, 1.05, 1.0, 0.35),
+    "T256-G32-row": Goals(1.5, 1.4, None, 1.2, None, 1.05, 1.05, 0.35),
     "T256-G32-column": Goals(1.6, 1.5, None, 2.0, 1.25, 1.1, 1.05, 0.4),
-    "T256-G32-conv": Goals(1.15, 1.1, None, 1.1, None, 1.05, 1.0, 0.35),
+    "T256-G32-conv": Goals(1.15, 1.1, None, 1.1, None, 1.05, 1.05, 0.35),
     "T64-G32-row": Goals(2.3, 2.0, None, 1.6, None, 1.15, 1.1, 0.5),
     "T64-G32-column": Goals(2.8, 2.4, None, 3.0, 1.5, 1.2, 1.1, 0.6),
     "T64-G32-conv": Goals(1.5, 1.4, None, 1.3, None, 1.1, 1.05, 0.4),

@@ -15,7 +15,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from benchmarks.attention_cells import Cell, Group
 from transformer.attention import attention
-from transformer.cache import CacheLayout, LayerCache
+from transformer.cache import LayerCache
+from transformer.cache_layout import CacheLayout
 from transformer.kernels import ops
 from transformer.masks import AttentionMask
 

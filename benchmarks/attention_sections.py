@@ -23,7 +23,7 @@ from benchmarks.attention_measures import (
     training_cost,
 )
 from benchmarks.record import Row, write_results
-from transformer.cache import CacheLayout
+from transformer.cache_layout import CacheLayout
 from transformer.kernels import reference
 from transformer.kernels.launch_config import KernelName, LaunchConfig, candidates
 from transformer.masks import AttentionMask
@@ -280,7 +280,8 @@ def _tune_kernel(bench: Bench, cell: Cell, kernel: KernelName, run: _Launch, *, 
     medians = {name: median(values) for name, values in samples.items()}
     best = min(medians, key=medians.__getitem__)
     print(f"    best {best}: {medians[best]:.1f} us; default: {medians['default']:.1f} us", flush=True)
-    name = f"tune {cell.name}, {kernel}: {best} (queries x keys x warps x stages)"
+    timed = kernel if kernel == "forward" or kernel == "decode" else f"whole backward pass by its {kernel}"
+    name = f"tune {cell.name}, {timed}: {best} (queries x keys x warps x stages)"
     ratio = medians["default"] / medians[best]
     default = f"launch_config: {medians['default']:.1f} us"
     bench.stores([Row(name, medians[best], "us", default, ratio, None)], "tune", cell.name, kernel, raw=samples)

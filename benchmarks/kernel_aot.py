@@ -56,7 +56,8 @@ def name_of(build: Build) -> str:
     mask, config = build.mask, build.config
     kind = f"conv {mask.conv_mode}" if mask.kind == "conv" else mask.kind
     return (
-        f"sm_{build.capability[0]}{build.capability[1]} {build.kernel} {build.number_format} d{build.head_dim} {kind} "
+        f"sm_{build.capability[0]}{build.capability[1]} {build.kernel} {build.number_format} d{build.head_dim} "
+        f"{f'group of {build.group}, ' if build.group > 1 else ''}{kind} "
         f"{mask.grid_height}x{mask.grid_width}, blocks {config.block_q}x{config.block_k}, {config.num_warps} warps, "
         f"{config.num_stages} stages"
     )

@@ -1,6 +1,7 @@
 """The one format of all benchmark results: claim, device, versions, commit and rows."""
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,7 @@ def write_results(
         commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:  # no git on this machine
         commit = ""
+    commit = commit or os.environ.get("TESSERA_COMMIT", "")  # of a copy without its history
     result: dict[str, Any] = {
         "claim": claim,
         "device": describe_hardware(),

@@ -20,6 +20,7 @@ from transformer.kernels.launch_config import (
     LEAST_CAPABILITY,
     SPARSE_PAYS_FROM_POSITIONS,
     SPARSE_PAYS_FROM_RATIO,
+    number_format,
 )
 from transformer.kernels.schedule import visited_ratio
 from transformer.masks import AttentionMask
@@ -77,13 +78,13 @@ def attention(
         raise ValueError(f"the scale of attention scores must be positive; got {scale}")
     length = operator.index(query.shape[2])  # a plain number for the compiler, too: masks are made for one length
     dtype = query.dtype
-    if torch.amp.is_autocast_available(query.device.type) and torch.is_autocast_enabled(query.device.type):
+    if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
     else:
         _check_dtypes(query, key, value)
-    chosen = _resolve(mask, length, query.shape[3], dtype, query.device, backend)
+    chosen = _resolve(mask.code, length, query.shape[3], dtype, query.device, backend)
     if chosen == "matmul":
-        return matmul_attention(query, key, value, _dense(mask, length, query.device), scale=scale)
+        return matmul_attention(query, key, value, _dense(mask.code, length, query.device), scale=scale)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if chosen == "triton":
         return ops.sparse_attention(query, key, value, mask, scale=scale)
@@ -97,7 +98,9 @@ def attention(
         )
     # PyTorch's fused kernels take either a mask or grouped queries
     key, value = _for_each_query_head(key, query), _for_each_query_head(value, query)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=_dense(mask, length, query.device), scale=scale)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=_dense(mask.code, length, query.device), scale=scale
+    )
 
 
 def choose_backend(
@@ -114,6 +117,8 @@ def choose_backend(
         return "sdpa"
     if why_not_triton(device=device, head_dim=head_dim, dtype=dtype) is not None:
         return "sdpa"
+    if number_format(dtype) == "float32":  # without matrix units, which the sparse kernels are made for
+        return "sdpa"
     ratio = visited_ratio(mask, length, block_q=_BLOCK, block_k=_BLOCK)
     return "triton" if ratio >= SPARSE_PAYS_FROM_RATIO else "sdpa"
 
@@ -127,7 +132,7 @@ def describe_backends(
     dtype: torch.dtype,
     backend: Backend = "auto",
 ) -> str:
-    """What `attention` will take for the masks of a model's layers, for the user: "row, column by triton; conv by sdpa".
+    """What `attention` will take for a model's masks, for the user: "row, column by triton; conv by sdpa".
 
     Raises:
         ValueError: the backend is unknown or cannot run there.
@@ -152,6 +157,8 @@ def why_not_triton(*, device: torch.device, head_dim: int, dtype: torch.dtype) -
         return "backend triton needs a CUDA GPU (or TRITON_INTERPRET=1, for tests); got tensors on the CPU"
     if device.type != "cuda":
         return f"backend triton needs a CUDA GPU; got tensors on {device.type!r}"
+    if torch.version.hip:
+        return "backend triton is made for NVIDIA GPUs; got an AMD GPU"
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         needed, got = (f"{major}.{minor}" for major, minor in (LEAST_CAPABILITY, capability))
@@ -182,7 +189,13 @@ def matmul_attention(
 
 
 def decode_attention(
-    query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, position: int, *, backend: Backend = "auto"
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: LayerCache,
+    position: int | Tensor,
+    *,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Attention of one new position against a cache, which receives its key and value.
 
@@ -191,44 +204,70 @@ def decode_attention(
         key: [B, Hkv, 1, D].
         value: [B, Hkv, 1, D].
         cache: of this layer, filled with all positions before; extended in place.
-        position: where in the sequence the new position stands.
-        backend: auto and triton as in `attention`; anything else reads the visible slots and multiplies.
+        position: where in the sequence the new position stands. A tensor, int32 [1] or [B] on the device, is for
+            image positions and the Triton kernel only: nothing is read back from it, so that a CUDA graph may hold it.
+        backend: as in `attention`; see `choose_decode_backend`.
 
     Returns:
         [B, H, 1, D] in the dtype of `value`.
 
     Raises:
-        ValueError: the backend is unknown or cannot run here, or the mask has no such position.
+        ValueError: shapes or strides do not fit the cache, the backend is unknown or cannot run here, or the mask has
+            no such position.
     """
-    _check_backend(backend)
-    if not 0 <= position < cache.layout.mask.seq_len:
-        raise ValueError(f"position must lie in [0, {cache.layout.mask.seq_len}); got {position}")
-    is_triton = backend == "triton"
-    if backend in ("auto", "triton"):
-        why_not = why_not_triton(device=query.device, head_dim=query.shape[3], dtype=cache.keys.dtype)
-        if is_triton and why_not:
-            raise ValueError(why_not)
-        is_triton = why_not is None and query.device.type == "cuda" or is_triton
-    if is_triton and position >= cache.layout.mask.text_len:
-        where = torch.full((1,), position, dtype=torch.int32, device=query.device)
-        dtype = cache.keys.dtype
-        attended = ops.decode_attention(
-            query.to(dtype), key.to(dtype), value.to(dtype), cache.keys, cache.values, where, cache.layout.mask
-        )
-        return attended.to(value.dtype)
+    _check_decoding(query, key, value, cache, position)
+    mask = cache.layout.mask
+    chosen = choose_decode_backend(
+        device=query.device, head_dim=query.shape[3], dtype=cache.keys.dtype, backend=backend
+    )
+    if chosen == "triton" and (isinstance(position, Tensor) or position >= mask.text_len):
+        if not isinstance(position, Tensor):
+            position = torch.full((1,), position, dtype=torch.int32, device=query.device)
+        query, key, new_value = (tensor.to(cache.keys.dtype) for tensor in (query, key, value))
+        return ops.decode_attention(query, key, new_value, cache.keys, cache.values, position, mask).to(value.dtype)
+    if isinstance(position, Tensor):
+        raise ValueError("a position on the device is read by backend triton only; give it as a number")
     cache.write(position, key, value)
     visible = cache.layout.visible(position, query.device)
     keys, values = cache.keys[:, :, visible].to(key.dtype), cache.values[:, :, visible].to(value.dtype)
-    if query.device.type == "cpu" and keys.shape[2] <= CPU_MATMUL_KEYS:
+    if chosen == "matmul" and keys.shape[2] <= CPU_MATMUL_KEYS:
         return matmul_attention(query, keys, values, None)
     return F.scaled_dot_product_attention(query, keys, values, enable_gqa=query.shape[1] != keys.shape[1])
 
 
+@lru_cache(maxsize=256)
+def choose_decode_backend(
+    *, device: torch.device, head_dim: int, dtype: torch.dtype, backend: Backend = "auto"
+) -> Literal["triton", "sdpa", "matmul"]:
+    """How one new position is decoded; says so in the log, once for each combination.
+
+    The kernel where it can run, for every mask: reading no more than the mask allows is never slower. Otherwise the
+    visible slots are gathered and given to PyTorch's kernels, on a CPU to plain products where they are few; the other
+    names of `Backend` ask for that, too.
+
+    Raises:
+        ValueError: the backend is unknown or cannot run here.
+    """
+    _check_backend(backend)
+    why_not = why_not_triton(device=device, head_dim=head_dim, dtype=dtype)
+    if backend == "triton" and why_not:
+        raise ValueError(why_not)
+    if backend == "triton" or (backend == "auto" and not why_not and device.type == "cuda"):
+        chosen: Literal["triton", "sdpa", "matmul"] = "triton"
+    else:
+        chosen = "matmul" if device.type == "cpu" else "sdpa"
+    logger.info("decoding on %s: %s", device, chosen)
+    return chosen
+
+
 def _resolve(
-    mask: AttentionMask, length: int, head_dim: int, dtype: torch.dtype, device: torch.device, backend: Backend
+    mask: str, length: int, head_dim: int, dtype: torch.dtype, device: torch.device, backend: Backend
 ) -> Backend:
-    """The backend to take; the compiler sees it, and the dense mask below, as constants."""
-    return _resolved(mask, length, head_dim, dtype, device, backend)
+    """The backend to take; the compiler sees it, and the dense mask below, as constants.
+
+    Masks come as their codes, for not every version of the compiler can hand over a dataclass.
+    """
+    return _resolved(AttentionMask.from_code(mask), length, head_dim, dtype, device, backend)
 
 
 @lru_cache(maxsize=256)
@@ -248,8 +287,8 @@ def _resolved(
     return chosen
 
 
-def _dense(mask: AttentionMask, length: int, device: torch.device) -> Tensor:
-    return _cached_dense(mask, length, device)
+def _dense(mask: str, length: int, device: torch.device) -> Tensor:
+    return _cached_dense(AttentionMask.from_code(mask), length, device)
 
 
 @lru_cache(maxsize=64)
@@ -276,7 +315,7 @@ def _flex_block_mask(mask: AttentionMask, length: int, device: torch.device) -> 
 
     with torch.inference_mode(False):  # as in `_cached_dense`
         return create_block_mask(
-            lambda batch, head, query, key: mask.allowed(query, key), None, None, length, length, device=device.type
+            lambda batch, head, query, key: mask.allowed(query, key), None, None, length, length, device=device
         )
 
 
@@ -285,7 +324,7 @@ def _flex_function(device_type: str) -> Callable[..., Any]:
     """FlexAttention, compiled where that is what makes it fast; its CPU kernels know no backward pass."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+    return torch.compile(flex_attention, dynamic=False) if device_type == "cuda" else flex_attention
 
 
 def _for_each_query_head(tensor: Tensor, query: Tensor) -> Tensor:
@@ -304,6 +343,34 @@ def _check_backend(backend: str) -> None:
         raise ValueError(f"attention backend is one of {', '.join(get_args(Backend))}; got {backend!r}")
 
 
+def _check_decoding(query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, position: int | Tensor) -> None:
+    batch, key_heads, _, head_dim = cache.keys.shape
+    one = (batch, key_heads, 1, head_dim)
+    is_grouped = query.dim() == 4 and (query.shape[0], *query.shape[2:]) == (batch, 1, head_dim)
+    if not is_grouped or query.shape[1] % key_heads or tuple(key.shape) != one or tuple(value.shape) != one:
+        raise ValueError(
+            f"decoding needs query [{batch}, a multiple of {key_heads}, 1, {head_dim}] and key and value {list(one)}, "
+            f"as the cache has them; got {list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
+        )
+    _check_strides(query, key, value)
+    if isinstance(position, Tensor):
+        if position.dtype != torch.int32 or position.shape not in ((1,), (batch,)) or position.device != query.device:
+            raise ValueError(
+                f"a position on the device must be int32 [1] or [{batch}] on {query.device}; "
+                f"got {position.dtype} {list(position.shape)} on {position.device}"
+            )
+    elif not 0 <= position < cache.layout.mask.seq_len:
+        raise ValueError(f"position must lie in [0, {cache.layout.mask.seq_len}); got {position}")
+
+
+def _check_strides(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.stride(3) != 1:
+            raise ValueError(
+                f"the last dimension of {name} must be contiguous (stride 1); got strides {tensor.stride()}"
+            )
+
+
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> None:
     if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape or query.shape[1] % max(1, key.shape[1]):
         raise ValueError(
@@ -320,11 +387,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask
             f"the mask has {mask.seq_len} positions ({mask.text_len} text and {mask.grid_height}x{mask.grid_width} "
             f"image); got {query.shape[2]}"
         )
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.stride(3) != 1:
-            raise ValueError(
-                f"the last dimension of {name} must be contiguous (stride 1); got strides {tensor.stride()}"
-            )
+    _check_strides(query, key, value)
 
 
 def _check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> None:

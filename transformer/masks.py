@@ -4,8 +4,7 @@ Text attends causally to text, every image position attends to all of the text, 
 decides. A position always sees itself and never a later one.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -44,6 +43,9 @@ class AttentionMask:
         kernel_size: side of the conv window, odd unless the mode is quadrant.
         dilation: distance between neighbors of the conv window.
 
+    Attributes:
+        code: all of this in one string, the form in which a mask passes through PyTorch's operators and compiler.
+
     Raises:
         UserError: if a size is not positive, a name is unknown or the kernel is even.
     """
@@ -56,8 +58,11 @@ class AttentionMask:
     conv_mode: ConvMode = "raster"
     kernel_size: int = 11
     dilation: int = 1
+    code: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        values = [getattr(self, each.name) for each in fields(self) if each.init]
+        object.__setattr__(self, "code", " ".join(map(str, values)))  # the class is frozen
         for name, names in (("kind", MaskKind), ("row_mode", RowMode), ("conv_mode", ConvMode)):
             if getattr(self, name) not in get_args(names):
                 raise UserError(f"a mask's {name} is one of {', '.join(get_args(names))}; got {getattr(self, name)!r}")
@@ -143,24 +148,10 @@ class AttentionMask:
         """
         return _block_lists(self, block_q, block_k, self.seq_len if length is None else length, transposed)
 
-    def to_ints(self) -> list[int]:
-        """The mask as eight integers, the only form in which it passes through a PyTorch operator."""
-        return [_NAMES[name].index(value) if name in _NAMES else value for name, value in self._values()]
-
     @classmethod
-    def from_ints(cls, values: Sequence[int]) -> "AttentionMask":
-        """The mask that `to_ints` described."""
-        return _from_ints(cls, tuple(values))
-
-    def _values(self) -> list[tuple[str, Any]]:
-        return [(field.name, getattr(self, field.name)) for field in fields(self)]
-
-
-_NAMES: dict[str, tuple[str, ...]] = {
-    "kind": get_args(MaskKind),
-    "row_mode": get_args(RowMode),
-    "conv_mode": get_args(ConvMode),
-}
+    def from_code(cls, code: str) -> "AttentionMask":
+        """The mask with that `code`."""
+        return _from_code(cls, code)
 
 
 def _near_on_ring(difference: Tensor, size: int, half: int, step: int) -> Tensor:
@@ -210,9 +201,9 @@ def _block_lists(mask: AttentionMask, block_q: int, block_k: int, length: int, t
 
 
 @lru_cache(maxsize=256)
-def _from_ints(cls: type[AttentionMask], values: tuple[int, ...]) -> AttentionMask:
-    named = zip((field.name for field in fields(cls)), values, strict=True)
-    options: dict[str, Any] = {name: _NAMES[name][value] if name in _NAMES else value for name, value in named}
+def _from_code(cls: type[AttentionMask], code: str) -> AttentionMask:
+    named = zip((each.name for each in fields(cls) if each.init), code.split(), strict=True)
+    options: dict[str, Any] = {name: int(value) if value.isdecimal() else value for name, value in named}
     return cls(**options)
 
 

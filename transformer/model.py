@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tessera.config import from_plain
 from tessera.errors import UserError
 from tessera.model_folder import ModelFolder
-from transformer.attention import Backend, attention, decode_attention
+from transformer.attention import Backend, attention, choose_decode_backend, decode_attention
 from transformer.cache import KVCache, LayerCache
 from transformer.code_table import CodeTable
 from transformer.masks import AttentionMask, ConvMode, MaskKind, RowMode, layer_kinds
@@ -248,7 +248,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm_mlp(x))
 
     def decode(
-        self, x: Tensor, cos: Tensor, sin: Tensor, position: int, *, cache: LayerCache, backend: Backend
+        self, x: Tensor, cos: Tensor, sin: Tensor, position: int | Tensor, *, cache: LayerCache, backend: Backend
     ) -> Tensor:
         """x [B, 1, C] is the one position `position`; the cache holds all before it and is extended in place."""
         query, key, value = self.attention.queries_keys_values(self.norm_attention(x), cos, sin)
@@ -370,19 +370,29 @@ class Prior(nn.Module):
         return self.image_head.logits(x[:, -1]).float()
 
     @torch.no_grad()
-    def decode(self, codes: Tensor, position: int, cache: KVCache) -> Tensor:
+    def decode(self, codes: Tensor, position: int | Tensor, cache: KVCache) -> Tensor:
         """Feeds image codes int64 [B], the ones at `position`; returns the float32 [B, K] logits of position + 1.
 
         Args:
             codes: the code of each row at `position`.
-            position: 0-based place in the code grid, below I - 1.
+            position: 0-based place in the code grid, below I - 1. As an int32 tensor [1] on the model's GPU it is read
+                there and not checked, so that one CUDA graph of this call serves all positions.
             cache: holds the text and all codes before `position`; extended in place.
         """
-        if not 0 <= position < self.layout.image_len - 1:
+        if not isinstance(position, Tensor) and not 0 <= position < self.layout.image_len - 1:
             raise ValueError(f"position must lie in [0, {self.layout.image_len - 1}); got {position}")
+        decoder = choose_decode_backend(
+            device=codes.device,
+            head_dim=self.config.dim // self.config.heads,
+            dtype=cache.layers[0].keys.dtype,
+            backend=self.attention_backend,
+        )
+        if decoder == "triton" and not isinstance(position, Tensor):
+            position = torch.full((1,), position, dtype=torch.int32, device=codes.device)  # once, for all layers
         x = self._embed_codes(codes[:, None], position)  # [B, 1, C]
         place = self.layout.text_len + position
-        cos, sin = self.cos[place : place + 1], self.sin[place : place + 1]
+        at = place if isinstance(place, Tensor) else slice(place, place + 1)
+        cos, sin = self.cos[at], self.sin[at]  # [1, D/4]
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             assert isinstance(block, Block)
             x = block.decode(x, cos, sin, place, cache=layer, backend=self.attention_backend)
@@ -393,9 +403,9 @@ class Prior(nn.Module):
         layout = self.layout
         return torch.arange(layout.text_vocab_size, layout.num_text_ids, device=self.text_embedding.weight.device)
 
-    def _embed_codes(self, codes: Tensor, first: int) -> Tensor:
+    def _embed_codes(self, codes: Tensor, first: int | Tensor) -> Tensor:
         """Codes int64 [B, n] at grid places first .. first + n - 1 to [B, n, C]."""
-        place = torch.arange(first, first + codes.shape[1], device=codes.device)
+        place = torch.arange(codes.shape[1], device=codes.device) + first
         width = self.layout.grid_width
         where = self.row_embedding[place // width] + self.column_embedding[place % width]  # [n, C]
         # a sum of as many unit vectors, back at unit size like a text embedding

@@ -167,7 +167,7 @@ class CountingPrior(Prior):
         self.prefilled += len(text_ids)
         return super().prefill(text_ids, cache)
 
-    def decode(self, codes: Tensor, position: int, cache: KVCache) -> Tensor:
+    def decode(self, codes: Tensor, position: int | Tensor, cache: KVCache) -> Tensor:
         self.decoded += 1
         return super().decode(codes, position, cache)
 

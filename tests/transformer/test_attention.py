@@ -283,9 +283,15 @@ def test_a_gpu_takes_the_sparse_kernels_where_the_mask_spares_enough(
     kind: str, text_len: int, side: int, length: int | None, expected: Backend
 ) -> None:
     mask = replace(mask_of(kind, text_len=text_len, height=side, width=side), kernel_size=11)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for dtype in (torch.float16, torch.bfloat16):
         chosen = choose_backend(mask, length or mask.seq_len, device=GPU, head_dim=64, dtype=dtype)
         assert chosen == expected
+    # float32 has no matrix units to gain from, unless PyTorch may take TF32
+    for precision, of_float32 in (("highest", "sdpa"), ("high", expected)):
+        torch.set_float32_matmul_precision(precision)
+        chosen = choose_backend(mask, length or mask.seq_len, device=GPU, head_dim=64, dtype=torch.float32)
+        torch.set_float32_matmul_precision("highest")
+        assert chosen == of_float32
 
 
 @pytest.mark.parametrize(

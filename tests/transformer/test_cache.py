@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from transformer.cache import CacheLayout, KVCache, LayerCache
+from transformer.cache import KVCache, LayerCache
+from transformer.cache_layout import CacheLayout
 from transformer.masks import AttentionMask
 
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ every_mask = pytest.mark.parametrize(
         for height, width in GRIDS
         for text_len in (0, 3)
     ],
-    ids=lambda mask: "-".join(map(str, mask.to_ints())),
+    ids=lambda mask: mask.code.replace(" ", "-"),
 )
 
 

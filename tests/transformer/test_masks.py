@@ -176,12 +176,11 @@ def test_a_shorter_sequence_has_the_corner_of_the_mask(length: int) -> None:
 
 
 @pytest.mark.parametrize("grid", [(7, 5), (1, 9)])
-def test_a_mask_passes_through_integers(grid: tuple[int, int]) -> None:
+def test_a_mask_passes_through_its_code(grid: tuple[int, int]) -> None:
     masks = list(masks_of_all_modes(text_len=257, grid=grid))
-    described = [tuple(mask.to_ints()) for mask in masks]
-    assert {type(value) for values in described for value in values} == {int}
-    assert len(set(described)) == len(masks)
-    assert [AttentionMask.from_ints(list(values)) for values in described] == masks
+    codes = [mask.code for mask in masks]
+    assert len(set(codes)) == len(masks)
+    assert [AttentionMask.from_code(code) for code in codes] == masks
 
 
 @pytest.mark.parametrize("conv_mode", get_args(ConvMode))

@@ -45,6 +45,7 @@ class Build(NamedTuple):
         head_dim: D.
         number_format: of the products.
         capability: the GPU's compute capability.
+        group: queries' heads per head of keys and values.
     """
 
     kernel: KernelName
@@ -53,6 +54,7 @@ class Build(NamedTuple):
     head_dim: int
     number_format: Format
     capability: tuple[int, int]
+    group: int = 1
 
 
 class Compiled(NamedTuple):
@@ -78,7 +80,8 @@ class Compiled(NamedTuple):
 def shipped() -> list[Build]:
     """Every row of the tables in `launch_config`, with the masks that ask most of the compiler.
 
-    Half precision with heads of 64 is compiled for every kind of mask, the rest for those with rectangular windows.
+    Half precision with heads of 64 is compiled for every kind of mask, the rest for those with rectangular windows;
+    gradients of keys and values for grouped queries, too; and half precision once with heads that are padded.
     """
     builds = []
     for capability in SHARED_BYTES:
@@ -88,23 +91,35 @@ def shipped() -> list[Build]:
                 if number_format == "half":
                     masks = [_ROW, _COLUMN, _CONV, _HALO, _LISTED] if head_dim == 64 else [_COLUMN, _HALO]
                 for kernel in get_args(KernelName):
-                    # short and long text may have rows of their own
-                    configs = {
-                        launch_config(
-                            kernel,
-                            head_dim=head_dim,
-                            number_format=number_format,
-                            capability=capability,
-                            text_len=text_len,
-                        )
-                        for text_len in (64, 256)
-                    }
-                    builds += [
-                        Build(kernel, mask, config, head_dim, number_format, capability)
-                        for config in sorted(configs)
-                        for mask in masks
-                    ]
+                    for mask in masks:
+                        builds += _rows(kernel, mask, head_dim, number_format, capability)
+                builds += _rows("key_value_gradient", _HALO, head_dim, number_format, capability, group=4)
+        for kernel in get_args(KernelName):
+            builds += _rows(kernel, _COLUMN, 96, "half", capability)
     return builds
+
+
+def _rows(
+    kernel: KernelName,
+    mask: AttentionMask,
+    head_dim: int,
+    number_format: Format,
+    capability: tuple[int, int],
+    group: int = 1,
+) -> list[Build]:
+    """The builds of one launch: short and long text may have rows of their own."""
+    configs = {
+        launch_config(
+            kernel,
+            head_dim=head_dim,
+            number_format=number_format,
+            capability=capability,
+            text_len=text_len,
+            group=group,
+        )
+        for text_len in (64, 256)
+    }
+    return [Build(kernel, mask, config, head_dim, number_format, capability, group) for config in sorted(configs)]
 
 
 def problems(build: Build, compiled: Compiled) -> list[str]:
@@ -137,11 +152,11 @@ def compile_build(build: Build) -> Compiled:
     constants: dict[str, Any] = {
         **rule.constants(mask),
         **compile_constants(build.head_dim, build.number_format, config),
-        "GROUP": 1,
+        "GROUP": build.group,
         "PARTS": 2,  # with the code for split tiles and for whole ones
     }
     if build.kernel == "decode":
-        constants |= decode.constants(mask, config, group=1, splits=2)
+        constants |= decode.constants(mask, config, build.group, splits=2)
     else:
         build_schedule = key_schedule if build.kernel == "key_value_gradient" else query_schedule
         schedule = build_schedule(mask, mask.seq_len, block_q=config.block_q, block_k=config.block_k)

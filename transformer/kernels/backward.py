@@ -195,6 +195,11 @@ def key_value_gradient_kernel(
     grad_key += batch * grad_key_batch + key_head_index.to(tl.int64) * grad_key_head
     value += batch * value_batch + key_head_index.to(tl.int64) * value_head
     grad_value += batch * grad_value_batch + key_head_index.to(tl.int64) * grad_value_head
+    first_head = key_head_index * GROUP
+    query += batch * query_batch + first_head.to(tl.int64) * query_head
+    grad_output += batch * grad_batch + first_head.to(tl.int64) * grad_head
+    logsumexp += (batch * key_heads * GROUP + first_head) * length
+    delta += (batch * key_heads * GROUP + first_head) * length
 
     k_at, k_valid = rule.tile_positions(tl.load(row + BASE), length, BLOCK_K, TILE_WIDTH, TEXT, WIDTH)
     k = rule.load_rows(key, k_at, key_position, k_valid, HEAD_DIM, PADDED_DIM, True, UPCAST)
@@ -203,52 +208,45 @@ def key_value_gradient_kernel(
     grad_v = tl.zeros([BLOCK_K, PADDED_DIM], tl.float32)
     full_first, full_end, blocks, run_start, run_blocks, run_end, window = rule.visits(row)
 
-    for member in range(GROUP):
-        head = key_head_index * GROUP + member
-        queries = query + batch * query_batch + head.to(tl.int64) * query_head
-        grad_outputs = grad_output + batch * grad_batch + head.to(tl.int64) * grad_head
-        statistics = (batch * key_heads * GROUP + head) * length
+    # one loop over the blocks of all heads of the group: a loop within a loop needs more registers than there are
+    full = full_end - full_first
+    for step in range(GROUP * full):
+        member, index = rule.member_and_index(step, full, GROUP)
+        q_at = rule.full_block_positions(full_first + index, run_start, entries, BLOCK_Q, LISTED)
+        q = rule.load_rows(query + member * query_head, q_at, query_position, q_at, HEAD_DIM, PADDED_DIM, False, UPCAST)
+        grad_out = rule.load_rows(
+            grad_output + member * grad_head, q_at, grad_position, q_at, HEAD_DIM, PADDED_DIM, False, UPCAST
+        )
+        lse = tl.load(logsumexp + member * length + q_at)
+        d = tl.load(delta + member * length + q_at)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2  # [K, Q]
+        weights = tl.exp2(scores - lse[None, :])
+        grad_v = tl.dot(weights.to(q.dtype), grad_out, grad_v, input_precision=PRECISION)
+        grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+        grad_scores = weights * (grad_weights - d[None, :])
+        grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
 
-        for index in range(full_first, full_end):
-            q_at = rule.full_block_positions(index, run_start, entries, BLOCK_Q, LISTED)
-            q = rule.load_rows(queries, q_at, query_position, q_at, HEAD_DIM, PADDED_DIM, False, UPCAST)
-            grad_out = rule.load_rows(grad_outputs, q_at, grad_position, q_at, HEAD_DIM, PADDED_DIM, False, UPCAST)
-            lse = tl.load(logsumexp + statistics + q_at)
-            d = tl.load(delta + statistics + q_at)
-            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2  # [K, Q]
-            weights = tl.exp2(scores - lse[None, :])
-            grad_v = tl.dot(weights.to(q.dtype), grad_out, grad_v, input_precision=PRECISION)
-            grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
-            grad_scores = weights * (grad_weights - d[None, :])
-            grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
-
-        for step in range(blocks - (full_end - full_first)):
-            index = tl.where(step < full_first, step, step + (full_end - full_first))
-            q_at, q_valid = rule.block_positions(
-                index,
-                run_start,
-                run_blocks,
-                run_end,
-                window,
-                entries,
-                length,
-                BLOCK_Q,
-                LISTED,
-                WINDOW_WIDTH,
-                TEXT,
-                WIDTH,
-            )
-            q = rule.load_rows(queries, q_at, query_position, q_valid, HEAD_DIM, PADDED_DIM, True, UPCAST)
-            grad_out = rule.load_rows(grad_outputs, q_at, grad_position, q_valid, HEAD_DIM, PADDED_DIM, True, UPCAST)
-            lse = tl.load(logsumexp + statistics + q_at, mask=q_valid, other=0.0)
-            d = tl.load(delta + statistics + q_at, mask=q_valid, other=0.0)
-            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2  # [K, Q]
-            allowed = rule.allowed(q_at[None, :], k_at[:, None], RULE, TEXT, HEIGHT, WIDTH, SIDE, STEP)
-            weights = tl.where(allowed & q_valid[None, :], tl.exp2(scores - lse[None, :]), 0.0)
-            grad_v = tl.dot(weights.to(q.dtype), grad_out, grad_v, input_precision=PRECISION)
-            grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
-            grad_scores = weights * (grad_weights - d[None, :])
-            grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
+    for step in range(GROUP * (blocks - full)):
+        member, index = rule.member_and_index(step, blocks - full, GROUP)
+        index = tl.where(index < full_first, index, index + full)
+        q_at, q_valid = rule.block_positions(
+            index, run_start, run_blocks, run_end, window, entries, length, BLOCK_Q, LISTED, WINDOW_WIDTH, TEXT, WIDTH
+        )
+        q = rule.load_rows(
+            query + member * query_head, q_at, query_position, q_valid, HEAD_DIM, PADDED_DIM, True, UPCAST
+        )
+        grad_out = rule.load_rows(
+            grad_output + member * grad_head, q_at, grad_position, q_valid, HEAD_DIM, PADDED_DIM, True, UPCAST
+        )
+        lse = tl.load(logsumexp + member * length + q_at, mask=q_valid, other=0.0)
+        d = tl.load(delta + member * length + q_at, mask=q_valid, other=0.0)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2  # [K, Q]
+        allowed = rule.allowed(q_at[None, :], k_at[:, None], RULE, TEXT, HEIGHT, WIDTH, SIDE, STEP)
+        weights = tl.where(allowed & q_valid[None, :], tl.exp2(scores - lse[None, :]), 0.0)
+        grad_v = tl.dot(weights.to(q.dtype), grad_out, grad_v, input_precision=PRECISION)
+        grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+        grad_scores = weights * (grad_weights - d[None, :])
+        grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
 
     grad_k *= scale
     if PARTS == 1:

@@ -249,7 +249,7 @@ def decode(
         query: [B, H, 1, D] of the new position, in the cache's dtype, last dimension contiguous.
         key: [B, Hkv, 1, D].
         value: [B, Hkv, 1, D].
-        keys: [B, Hkv, S, D], the cache as `transformer.cache.CacheLayout` lays it out; written in place.
+        keys: [B, Hkv, S, D], the cache as `transformer.cache_layout.CacheLayout` lays it out; written in place.
         values: [B, Hkv, S, D].
         position: int32 [1] or [B] on the device: where in the sequence the new position stands; of the image.
         mask: the layer's mask.
@@ -291,7 +291,8 @@ def decode(
         *values.stride()[:3],
         *output.stride()[:2],
         key_heads,
-        **constants(mask, config, heads // key_heads, splits=splits) | {"POSITION_PER_ROW": int(len(position) > 1)},
+        **constants(mask, config, heads // key_heads, splits=splits)
+        | {"POSITION_PER_ROW": position.stride(0) if len(position) > 1 else 0},
         **formats,
         **compile_options(config),
     )
@@ -307,6 +308,7 @@ def decode(
             PADDED_SPLITS=triton.next_power_of_2(splits),
             HEAD_DIM=head_dim,
             PADDED_DIM=formats["PADDED_DIM"],
+            enable_fp_fusion=True,
         )
     return output
 

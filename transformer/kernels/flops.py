@@ -24,11 +24,11 @@ def register_flop_formulas() -> None:
 
 
 def _forward_flops(
-    query_shape: Sequence[int], key_shape: Any, value_shape: Any, mask: Sequence[int], *args: Any, **kwargs: Any
+    query_shape: Sequence[int], key_shape: Any, value_shape: Any, mask: str, *args: Any, **kwargs: Any
 ) -> int:
     """Two products of D multiplications and additions per allowed pair."""
     batch, heads, length, head_dim = query_shape
-    return 4 * head_dim * batch * heads * AttentionMask.from_ints(mask).pairs(length)
+    return 4 * head_dim * batch * heads * AttentionMask.from_code(mask).pairs(length)
 
 
 def _backward_flops(
@@ -38,13 +38,13 @@ def _backward_flops(
     value_shape: Any,
     output_shape: Any,
     logsumexp_shape: Any,
-    mask: Sequence[int],
+    mask: str,
     *args: Any,
     **kwargs: Any,
 ) -> int:
     """Five products, as in PyTorch's own formula; that the scores are computed twice is not counted."""
     batch, heads, length, head_dim = grad_shape
-    return 10 * head_dim * batch * heads * AttentionMask.from_ints(mask).pairs(length)
+    return 10 * head_dim * batch * heads * AttentionMask.from_code(mask).pairs(length)
 
 
 def _decode_flops(
@@ -54,13 +54,13 @@ def _decode_flops(
     keys_shape: Any,
     values_shape: Any,
     position_shape: Any,
-    mask: Sequence[int],
+    mask: str,
     *args: Any,
     **kwargs: Any,
 ) -> int:
     """Of the position that sees the most: which one is decoded, only the device knows."""
     batch, heads, _, head_dim = query_shape
-    return 4 * head_dim * batch * heads * _most_keys(AttentionMask.from_ints(mask))
+    return 4 * head_dim * batch * heads * _most_keys(AttentionMask.from_code(mask))
 
 
 @lru_cache

@@ -1,7 +1,7 @@
 """What every launch of a sparse kernel needs: block sizes, the schedule on the device, and compile-time constants."""
 
 import os
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +49,7 @@ def prepare(kernel: KernelName, query: Tensor, key: Tensor, mask: AttentionMask,
     """Collects what a launch over query [B, H, N, D] and key [B, Hkv, N, D] needs; all but the tensors is cached."""
     head_dim = query.shape[3]
     gpu = gpu_of(query)
-    config = config or config_of(kernel, query, mask)
+    config = config or config_of(kernel, query, mask, group=query.shape[1] // key.shape[1])
     parts = 1
     if kernel == "key_value_gradient":
         batch_heads = key.shape[0] * key.shape[1]
@@ -83,7 +83,7 @@ def gpu_of(tensor: Tensor) -> GPU:
     return GPU((properties.major, properties.minor), properties.multi_processor_count)
 
 
-def config_of(kernel: KernelName, query: Tensor, mask: AttentionMask) -> LaunchConfig:
+def config_of(kernel: KernelName, query: Tensor, mask: AttentionMask, *, group: int = 1) -> LaunchConfig:
     """The block sizes for queries [B, H, N, D] on their GPU."""
     return launch_config(
         kernel,
@@ -91,6 +91,7 @@ def config_of(kernel: KernelName, query: Tensor, mask: AttentionMask) -> LaunchC
         number_format=number_format(query.dtype),
         capability=gpu_of(query).capability,
         text_len=mask.text_len,
+        group=group,
     )
 
 
@@ -116,7 +117,7 @@ def strides_of(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
-@lru_cache(maxsize=256)
+@cache  # a few KB each; a CUDA graph may hold on to any of them
 def _schedule_on(
     device: torch.device, kernel: KernelName, mask: AttentionMask, length: int, config: LaunchConfig, parts: int
 ) -> tuple[Tensor, Tensor, Schedule]:

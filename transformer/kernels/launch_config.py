@@ -102,7 +102,13 @@ _DECODE: dict[Format, LaunchConfig] = {
 
 
 def launch_config(
-    kernel: KernelName, *, head_dim: int, number_format: Format, capability: tuple[int, int], text_len: int
+    kernel: KernelName,
+    *,
+    head_dim: int,
+    number_format: Format,
+    capability: tuple[int, int],
+    text_len: int,
+    group: int = 1,
 ) -> LaunchConfig:
     """The block sizes of one launch.
 
@@ -112,6 +118,7 @@ def launch_config(
         number_format: of the products: half (bf16 and fp16), tf32, or float32 without matrix units.
         capability: the GPU's compute capability, at least `LEAST_CAPABILITY`.
         text_len: T.
+        group: query heads per head of keys and values.
     """
     if kernel == "decode":
         return _DECODE[number_format]
@@ -120,7 +127,8 @@ def launch_config(
         return _TF32[kernel, width]
     if number_format == "float32":
         return _FLOAT32[kernel, width]
-    if not is_hopper_like(capability):
+    # a group's further heads need registers that the larger blocks leave none of
+    if not is_hopper_like(capability) or (kernel == "key_value_gradient" and group > 1):
         return _HALF[kernel, width]
     if kernel == "forward" and text_len <= _SHORT_TEXT:
         return LaunchConfig(64, 64, 4, 3)
@@ -146,7 +154,7 @@ def number_format(dtype: torch.dtype) -> Format:
     """How tensors of a dtype are multiplied: float32 in tf32 where PyTorch is allowed to, else exactly."""
     if dtype != torch.float32:
         return "half"
-    return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -174,4 +182,5 @@ def text_parts(batch_heads: int, *, text_len: int, block_k: int, processors: int
 
 def decode_splits(batch_heads: int, *, blocks: int, processors: int) -> int:
     """Among how many programs the `blocks` of keys of one head are split, so that each processor has one."""
-    return max(1, min(blocks, math.ceil(processors / batch_heads)))
+    wanted = max(1, min(blocks, math.ceil(processors / max(1, batch_heads))))
+    return math.ceil(blocks / math.ceil(blocks / wanted))  # as many as have something to do

@@ -6,7 +6,6 @@ that way).
 """
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ def sparse_attention(
     Raises:
         ValueError: if the scale is not positive.
     """
-    return _sparse_attention(query, key, value, mask.to_ints(), _checked_scale(scale, query))[0]
+    return _sparse_attention(query, key, value, mask.code, _checked_scale(scale, query))[0]
 
 
 def decode_attention(
@@ -57,7 +56,7 @@ def decode_attention(
         query: [B, H, 1, D], in the cache's dtype.
         key: [B, Hkv, 1, D].
         value: [B, Hkv, 1, D].
-        keys: [B, Hkv, S, D], laid out as `transformer.cache.CacheLayout` says; written in place.
+        keys: [B, Hkv, S, D], laid out as `transformer.cache_layout.CacheLayout` says; written in place.
         values: [B, Hkv, S, D], likewise.
         position: int32 [1] or [B], where in the sequence the new position stands, on the same device.
         mask: the layer's mask.
@@ -69,17 +68,15 @@ def decode_attention(
     Raises:
         ValueError: if the scale is not positive.
     """
-    return _decode_attention(query, key, value, keys, values, position, mask.to_ints(), _checked_scale(scale, query))
+    return _decode_attention(query, key, value, keys, values, position, mask.code, _checked_scale(scale, query))
 
 
 @torch.library.custom_op("tessera::sparse_attention", mutates_args=())
-def _sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Sequence[int], scale: float
-) -> tuple[Tensor, Tensor]:
+def _sparse_attention(query: Tensor, key: Tensor, value: Tensor, mask: str, scale: float) -> tuple[Tensor, Tensor]:
     """The output [B, H, N, D] and its logsumexp float32 [B, H, N]."""
     module = _kernels(query, "forward")
     with torch.cuda.device_of(query):  # Triton launches on the current device, wherever the tensors are
-        return tuple(module.forward(query, key, value, AttentionMask.from_ints(mask), scale))
+        return tuple(module.forward(query, key, value, AttentionMask.from_code(mask), scale))
 
 
 @torch.library.custom_op("tessera::sparse_attention_backward", mutates_args=())
@@ -90,14 +87,14 @@ def _sparse_attention_backward(
     value: Tensor,
     output: Tensor,
     logsumexp: Tensor,
-    mask: Sequence[int],
+    mask: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values."""
     if grad_output.stride(3) != 1:  # such as an expanded one, of a sum
         grad_output = grad_output.contiguous()
     module = _kernels(query, "backward")
-    named = AttentionMask.from_ints(mask)
+    named = AttentionMask.from_code(mask)
     with torch.cuda.device_of(query):
         return tuple(module.backward(grad_output, query, key, value, output, logsumexp, named, scale))
 
@@ -110,13 +107,13 @@ def _decode_attention(
     keys: Tensor,
     values: Tensor,
     position: Tensor,
-    mask: Sequence[int],
+    mask: str,
     scale: float,
 ) -> Tensor:
     """The output [B, H, 1, D]."""
     module = _kernels(query, "decode")
     with torch.cuda.device_of(query):
-        return module.decode(query, key, value, keys, values, position, AttentionMask.from_ints(mask), scale)
+        return module.decode(query, key, value, keys, values, position, AttentionMask.from_code(mask), scale)
 
 
 def _kernels(tensor: Tensor, name: str) -> Any:
@@ -134,7 +131,7 @@ def _kernels(tensor: Tensor, name: str) -> Any:
 
 
 @_sparse_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, mask: str, scale: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
@@ -146,7 +143,7 @@ def _(
     value: Tensor,
     output: Tensor,
     logsumexp: Tensor,
-    mask: Sequence[int],
+    mask: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
@@ -160,7 +157,7 @@ def _(
     keys: Tensor,
     values: Tensor,
     position: Tensor,
-    mask: Sequence[int],
+    mask: str,
     scale: float,
 ) -> Tensor:
     return torch.empty_like(query)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transformer.cache import CacheLayout
+from transformer.cache_layout import CacheLayout
 from transformer.masks import AttentionMask
 
 # B batch, H query heads, Hkv key-value heads (H = Hkv * group), N positions, D head width.
@@ -115,7 +115,7 @@ def decode(
 ) -> Tensor:
     """Stores the key and value [B, Hkv, 1, D] of one new image position in its cache [B, Hkv, S, D] and attends.
 
-    Position is int32 [1] or [B]; the cache is laid out as `transformer.cache.CacheLayout` says.
+    Position is int32 [1] or [B]; the cache is laid out as `transformer.cache_layout.CacheLayout` says.
     """
     layout = CacheLayout(mask)
     outputs = []

@@ -206,6 +206,16 @@ def full_block_positions(index, run_start, entries, BLOCK: tl.constexpr, LISTED:
 
 
 @triton.jit
+def member_and_index(step, blocks, GROUP: tl.constexpr):
+    """Which head of a group and which of its blocks a step stands for, head by head."""
+    if GROUP == 1:
+        member, index = 0, step
+    else:
+        member, index = step // blocks, step % blocks
+    return member, index
+
+
+@triton.jit
 def load_rows(
     base,
     positions,

@@ -42,6 +42,16 @@ def test_long_text_takes_larger_tiles_of_queries_on_a_large_gpu() -> None:
     assert sizes == [64, 128]
 
 
+def test_grouped_queries_take_smaller_blocks_for_the_gradients_of_keys() -> None:
+    blocks = [
+        launch_config(
+            "key_value_gradient", head_dim=64, number_format="half", capability=(9, 0), text_len=64, group=group
+        ).block_q
+        for group in (1, 2)
+    ]
+    assert blocks == [64, 32]
+
+
 def test_the_shipped_config_is_among_the_candidates() -> None:
     for kernel in get_args(KernelName):
         for head_dim in (32, 64, 128):
@@ -78,5 +88,5 @@ def test_text_tiles_are_split_only_where_programs_are_few() -> None:
 
 def test_decoding_splits_keys_until_every_processor_has_a_program() -> None:
     assert decode_splits(512, blocks=7, processors=132) == 1
-    assert decode_splits(32, blocks=7, processors=132) == 5
+    assert decode_splits(32, blocks=7, processors=132) == 4, "five parts of two blocks would leave one with nothing"
     assert decode_splits(2, blocks=7, processors=132) == 7, "never more parts than blocks"

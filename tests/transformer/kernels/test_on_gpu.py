@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from transformer.cache import CacheLayout
+from transformer.cache_layout import CacheLayout
 from transformer.kernels import ops, reference
 from transformer.masks import AttentionMask, ConvMode, MaskKind, RowMode
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from transformer.cache import CacheLayout
+from transformer.cache_layout import CacheLayout
 from transformer.kernels import ops, reference
 from transformer.kernels.flops import register_flop_formulas
 from transformer.masks import AttentionMask
@@ -117,7 +117,7 @@ def test_values_and_gradients_equal_those_of_the_differentiated_reference(
 @every_kind
 def test_the_second_output_is_the_logsumexp_in_base_2(kind: str) -> None:
     mask, (query, key, value) = mask_of(kind), random_inputs(key_heads=4)
-    _, logsumexp = torch.ops.tessera.sparse_attention(query, key, value, mask.to_ints(), 0.7)
+    _, logsumexp = torch.ops.tessera.sparse_attention(query, key, value, mask.code, 0.7)
     powers = torch.exp2(query.double() @ key.double().mT * 0.7 / math.log(2)) * mask.dense()
     assert logsumexp.dtype == torch.float32 and not logsumexp.requires_grad
     torch.testing.assert_close(logsumexp, powers.sum(dim=3).log2().float())
@@ -144,7 +144,7 @@ def test_second_derivatives_are_refused_and_not_wrong() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @every_layout
 def test_opcheck_passes_for_attention_and_its_backward_pass(layout: str) -> None:
-    mask, inputs = mask_of("conv-raster").to_ints(), random_inputs(layout=layout)
+    mask, inputs = mask_of("conv-raster").code, random_inputs(layout=layout)
     torch.library.opcheck(torch.ops.tessera.sparse_attention.default, (*inputs, mask, 0.7))
     query, key, value = detached(inputs)
     output, logsumexp = torch.ops.tessera.sparse_attention(query, key, value, mask, 0.7)
@@ -160,12 +160,12 @@ def test_opcheck_passes_for_decoding(positions: list[int], layout: str) -> None:
     mask, new = mask_of("conv-raster"), detached(random_inputs(1, layout=layout))
     keys, values = torch.randn(2, 2, 2, CacheLayout(mask).num_slots, 8)
     where = torch.tensor(positions, dtype=torch.int32)
-    torch.library.opcheck(torch.ops.tessera.decode_attention.default, (*new, keys, values, where, mask.to_ints(), 0.7))
+    torch.library.opcheck(torch.ops.tessera.decode_attention.default, (*new, keys, values, where, mask.code, 0.7))
 
 
 @every_layout
 def test_outputs_lie_in_memory_as_a_compiler_is_told(layout: str) -> None:
-    mask, inputs = mask_of("column").to_ints(), detached(random_inputs(layout=layout))
+    mask, inputs = mask_of("column").code, detached(random_inputs(layout=layout))
     forward, backward = torch.ops.tessera.sparse_attention, torch.ops.tessera.sparse_attention_backward
     results = forward(*inputs, mask, 0.7)
     saved = (torch.randn_like(results[0]), *inputs, *results)
