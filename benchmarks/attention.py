@@ -202,7 +202,7 @@ def _check_dry_run(bench: Bench, cells: Sequence[Cell], sections: Sequence[Secti
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=CLAIM)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=CLAIM)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, a smaller prior, at most 4.5 minutes")
     parser.add_argument("--dry", action="store_true", help="the logic on the CPU with tiny shapes; keeps no figures")
     parser.add_argument("--only", nargs="+", default=[], metavar="CELL", help="cells whose names begin so: T64-G32-row")

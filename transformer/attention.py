@@ -91,6 +91,8 @@ def attention(
     if chosen == "reference":
         return reference.attention(query, key, value, mask, scale=scale)
     if chosen == "flex":
+        if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
+            raise ValueError("FlexAttention has no backward pass on a CPU; use backend auto or sdpa")
         return _flex(query, key, value, mask, scale)
     if mask.kind == "full" or length <= mask.text_len:
         return F.scaled_dot_product_attention(
@@ -147,22 +149,19 @@ def why_not_triton(*, device: torch.device, head_dim: int, dtype: torch.dtype) -
     """Why the Triton kernels cannot run, with what they support; None where they can."""
     if not _has_triton():
         return "backend triton needs the package triton, which is not installed (it exists for Linux)"
+    is_interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not is_interpreted:
+        return f"backend triton needs a CUDA GPU; got device {device.type}"
+    if device.type == "cuda" and torch.version.hip:
+        return "backend triton is made for NVIDIA GPUs; got an AMD GPU"
+    capability = LEAST_CAPABILITY if is_interpreted else torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        needed, got = (f"{major}.{minor}" for major, minor in (LEAST_CAPABILITY, capability))
+        return f"backend triton needs a GPU of compute capability {needed} or newer; got {got}"
     if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[-1] or head_dim % 8:
         return f"backend triton supports head widths of {HEAD_DIMS[0]} to {HEAD_DIMS[-1]} in steps of 8; got {head_dim}"
     if dtype not in _DTYPES:
         return f"backend triton supports float32, float16 and bfloat16; got {dtype}"
-    if device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return None
-        return "backend triton needs a CUDA GPU (or TRITON_INTERPRET=1, for tests); got tensors on the CPU"
-    if device.type != "cuda":
-        return f"backend triton needs a CUDA GPU; got tensors on {device.type!r}"
-    if torch.version.hip:
-        return "backend triton is made for NVIDIA GPUs; got an AMD GPU"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < LEAST_CAPABILITY:
-        needed, got = (f"{major}.{minor}" for major, minor in (LEAST_CAPABILITY, capability))
-        return f"backend triton needs a GPU of compute capability {needed} or newer; got {got}"
     return None
 
 
@@ -367,11 +366,14 @@ def _check_strides(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.stride(3) != 1:
             raise ValueError(
-                f"the last dimension of {name} must be contiguous (stride 1); got strides {tensor.stride()}"
+                f"the last dimension of {name} must be contiguous (stride 1), as after .contiguous(); "
+                f"got strides {tensor.stride()}"
             )
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> None:
+    if not isinstance(mask, AttentionMask):
+        raise ValueError(f"attention takes an AttentionMask, not a matrix; got {type(mask).__name__}")
     if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape or query.shape[1] % max(1, key.shape[1]):
         raise ValueError(
             "attention needs query [B, H, N, D] and key and value [B, Hkv, N, D] with H a multiple of Hkv; "
@@ -384,12 +386,18 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask
         )
     if not 1 <= query.shape[2] <= mask.seq_len:
         raise ValueError(
-            f"the mask has {mask.seq_len} positions ({mask.text_len} text and {mask.grid_height}x{mask.grid_width} "
-            f"image); got {query.shape[2]}"
+            f"attention takes 1 to {mask.seq_len} positions, as the mask has them "
+            f"({mask.text_len} text and {mask.grid_height}x{mask.grid_width} image); got {query.shape[2]}"
         )
     _check_strides(query, key, value)
 
 
 def _check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> None:
-    if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(f"query, key and value must have one dtype; got {query.dtype}, {key.dtype} and {value.dtype}")
+    if not query.device == key.device == value.device:
+        raise ValueError(
+            f"query, key and value must lie on one device; got {query.device}, {key.device} and {value.device}"
+        )
+    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
+        raise ValueError(
+            f"query, key and value must have one floating dtype; got {query.dtype}, {key.dtype} and {value.dtype}"
+        )

@@ -81,7 +81,7 @@ def draw(
     if not 1 <= cell_pixels <= MAX_MATRIX_PIXELS // mask.seq_len:
         raise UserError(
             f"{mask.seq_len:,} positions at {cell_pixels} pixels do not fit a matrix of {MAX_MATRIX_PIXELS:,} pixels; "
-            f"expected 1 to {MAX_MATRIX_PIXELS // mask.seq_len} pixels"
+            f"cell_pixels can be at most {MAX_MATRIX_PIXELS // mask.seq_len}"
         )
     panels = _panels(mask, query, cell_pixels)
     name_font, font = ImageFont.load_default(_NAME_FONT_PIXELS), ImageFont.load_default(_FONT_PIXELS)

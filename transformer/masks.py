@@ -123,12 +123,22 @@ class AttentionMask:
 
     def dense(self, length: int | None = None) -> Tensor:
         """The mask of the first `length` positions (None: all), bool [length, length], True where q may attend to k."""
-        position = torch.arange(self.seq_len if length is None else length)
+        position = torch.arange(self.checked_length(length))
         return self.allowed(position[:, None], position[None, :])
 
     def pairs(self, length: int | None = None) -> int:
         """How many pairs (query, key) of the first `length` positions (None: all) the mask allows."""
-        return _pairs(self, self.seq_len if length is None else length)
+        return _pairs(self, self.checked_length(length))
+
+    def checked_length(self, length: int | None) -> int:
+        """How many positions, from the first on, are meant: all for None.
+
+        Raises:
+            ValueError: if the mask has no such number.
+        """
+        if length is not None and not 0 <= length <= self.seq_len:
+            raise ValueError(f"a length must lie in [0, {self.seq_len}], the mask's positions; got {length}")
+        return self.seq_len if length is None else length
 
     @property
     def reach(self) -> int:
@@ -146,7 +156,9 @@ class AttentionMask:
             length: positions from the first one on; None takes all.
             transposed: list the query blocks of each key block, not the key blocks of each query block.
         """
-        return _block_lists(self, block_q, block_k, self.seq_len if length is None else length, transposed)
+        if block_q < 1 or block_k < 1:
+            raise ValueError(f"blocks need at least one position; got {block_q} and {block_k}")
+        return _block_lists(self, block_q, block_k, self.checked_length(length), transposed)
 
     @classmethod
     def from_code(cls, code: str) -> "AttentionMask":

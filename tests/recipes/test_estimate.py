@@ -25,6 +25,7 @@ TINY = TrainConfig(
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recipes.estimate._SECONDS", 0.02)
+    monkeypatch.setattr("recipes.estimate._ENOUGH_SECONDS", 3600.0)  # however busy the machine is
 
 
 def test_the_papers_network_has_the_papers_parameters() -> None:

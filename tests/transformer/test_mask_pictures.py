@@ -46,8 +46,8 @@ def test_without_a_query_the_picture_shows_one_of_the_image() -> None:
     [
         ({"query": 38}, "positions 0 to 37; got query 38"),
         ({"query": -1}, "got query -1"),
-        ({"cell_pixels": 0}, "38 positions at 0 pixels .* expected 1 to 210 pixels"),
-        ({"cell_pixels": 211}, "expected 1 to 210 pixels"),
+        ({"cell_pixels": 0}, "38 positions at 0 pixels .* cell_pixels can be at most 210"),
+        ({"cell_pixels": 211}, "cell_pixels can be at most 210"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(wrong: dict[str, Any], message: str) -> None:

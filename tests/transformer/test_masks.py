@@ -261,3 +261,11 @@ def randomize(prior: Prior) -> None:
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def test_lengths_and_blocks_that_cannot_be_are_refused() -> None:
+    mask = mask_of("row")
+    with pytest.raises(ValueError, match=r"a length must lie in \[0, 19\], the mask's positions; got 20"):
+        mask.dense(20)
+    with pytest.raises(ValueError, match="blocks need at least one position; got 8 and 0"):
+        mask.block_lists(8, 0)

@@ -80,6 +80,7 @@ def query_schedule(
         block_k: keys of a block.
         tile_width: columns of an image tile, 0 for raster runs; None takes `best_tile_width`.
     """
+    _check(mask, length, block_q, block_k)
     if not is_analytic(mask):
         return _listed(mask, length, outer=block_q, inner=block_k, transposed=False, parts=1)
     if tile_width is None:
@@ -116,6 +117,7 @@ def key_schedule(
         parts: rows into which the work of each text tile is split. All queries see the text, so that its tiles have
             many times the work of the others; where they are few, they alone would decide how long the pass takes.
     """
+    _check(mask, length, block_q, block_k)
     if not is_analytic(mask):
         return _listed(mask, length, outer=block_k, inner=block_q, transposed=True, parts=parts)
     if tile_width is None:
@@ -167,9 +169,17 @@ def best_tile_width(mask: AttentionMask, *, block_q: int, block_k: int, transpos
 
 def visited_ratio(mask: AttentionMask, length: int, *, block_q: int, block_k: int) -> float:
     """How many times more pairs a causal kernel with the same blocks computes than the sparse one does."""
+    _check(mask, length, block_q, block_k)
     blocks_of_causal = sum(math.ceil(min(start + block_q, length) / block_k) for start in range(0, length, block_q))
     visited = query_schedule(mask, length, block_q=block_q, block_k=block_k).visited_pairs
     return blocks_of_causal * block_q * block_k / visited
+
+
+def _check(mask: AttentionMask, length: int, *blocks: int) -> None:
+    if mask.checked_length(length) == 0:
+        raise ValueError("a schedule needs at least one position; got a length of 0")
+    if min(blocks) < 1 or any(block & (block - 1) for block in blocks):
+        raise ValueError(f"blocks of kernels are powers of two; got {' and '.join(map(str, blocks))}")
 
 
 class _Windows(NamedTuple):

@@ -282,3 +282,13 @@ def test_work_is_spared_where_the_mask_is_sparse_and_the_sequence_long() -> None
     assert ratio("row", 16) < ratio("row", 32)
     assert ratio("column", 16) < ratio("column", 32)
     assert ratio("conv", 16) < ratio("conv", 32)
+
+
+def test_schedules_that_cannot_be_are_refused() -> None:
+    mask = AttentionMask(kind="row", text_len=3, grid_height=4, grid_width=4)
+    with pytest.raises(ValueError, match="blocks of kernels are powers of two; got 10 and 8"):
+        query_schedule(mask, 19, block_q=10, block_k=8)
+    with pytest.raises(ValueError, match=r"a length must lie in \[0, 19\]"):
+        key_schedule(mask, 20, block_q=8, block_k=8)
+    with pytest.raises(ValueError, match="at least one position"):
+        visited_ratio(mask, 0, block_q=8, block_k=8)
