@@ -100,7 +100,7 @@ def shipped() -> list[Build]:
 
 
 def one_mask_each(builds: list[Build]) -> list[Build]:
-    """Every row of the tables once, with the mask that asks most of the compiler: a tile of the grid with its margin."""
+    """Every row of the tables once, with the mask that asks most of the compiler: tiles of the grid with a margin."""
     chosen: dict[Build, Build] = {}
     for build in builds:
         row = build._replace(mask=_ROW)
