@@ -240,9 +240,9 @@ def choose_decode_backend(
 ) -> Literal["triton", "sdpa", "matmul"]:
     """How one new position is decoded; says so in the log, once for each combination.
 
-    The kernel where it can run, for every mask: reading no more than the mask allows is never slower. Otherwise the
-    visible slots are gathered and given to PyTorch's kernels, on a CPU to plain products where they are few; the other
-    names of `Backend` ask for that, too.
+    The kernel where it can run, for every mask: it reads no more than the mask allows (and has not been timed yet).
+    Otherwise the visible slots are gathered and given to PyTorch's kernels, on a CPU to plain products where they are
+    few; the other names of `Backend` ask for that, too.
 
     Raises:
         ValueError: the backend is unknown or cannot run here.
@@ -273,7 +273,10 @@ def _resolve(
 def _resolved(
     mask: AttentionMask, length: int, head_dim: int, dtype: torch.dtype, device: torch.device, backend: Backend
 ) -> Backend:
-    """Checks the backend, and says in the log, once for each combination, what was chosen."""
+    """Checks the backend, and says in the log, once for each combination, what was chosen.
+
+    What was chosen stays: PyTorch's precision of float32 products has to be set before the first call.
+    """
     _check_backend(backend)
     chosen = backend
     if backend == "auto":
