@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from dvae.model import DiscreteVAE
 from dvae.reconstruct import reconstruct
-from sampling.pipeline import GeneratedImage, Pipeline
+from sampling.generated_image import GeneratedImage
+from sampling.pipeline import Pipeline
 from tessera.data.scenes import PROMPT_CLASSES, Pairs, Prompt, SceneSpec, render, sample_prompts, sample_scene
 from tessera.data.scenes_parser import satisfies
 from tessera.data.shards import batches

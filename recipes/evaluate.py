@@ -34,7 +34,8 @@ from recipes.accuracy import (
 )
 from recipes.progress import counting
 from sampling.arguments import add_device_argument, add_precision_argument
-from sampling.pipeline import Pipeline, drawn_size
+from sampling.pipeline import Pipeline
+from sampling.runner import drawn_size
 from scorer.model import TrainedScorer
 from scorer.train import measure as measure_scorer
 from tessera.atomic_write import atomic_write

@@ -1,15 +1,32 @@
 """What the pipeline returns: an image, all that is needed to make it again, and how it fared among its candidates."""
 
 import dataclasses
+import io
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 
-from sampling.decode import SamplingSettings
+from sampling.settings import SamplingSettings
 
-ScorerName = Literal["clip", "likelihood", "combined"]
+ScorerName = Literal["clip", "likelihood", "context", "combined"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartialImage:
+    """An image that is still being drawn."""
+
+    image: np.ndarray = dataclasses.field(repr=False)
+    """uint8 [H, W, 3]; gray below the rows that are there."""
+    num_rows: int
+    """How many rows of pixels are there."""
+    num_tokens: int
+    """How many tokens are drawn."""
+    prompt: str
+    seed: int
+    image_index: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,11 +49,13 @@ class GeneratedImage:
     scorer: ScorerName | None
     """What ranked them."""
     scores: Mapping[str, float]
-    """Every score that was computed, higher is better: clip, likelihood (nats), combined."""
+    """Every score that was computed, higher is better: clip, likelihood (nats), context (nats), combined."""
     settings: SamplingSettings
     model_sha256: str
     precision: str
-    """bf16 or fp32: the same seed gives the same pixels on the same machine in the same precision."""
+    """bf16, fp32 or int8: the same seed gives the same pixels on the same machine in the same precision."""
+    edit: Mapping[str, Any] | None = None
+    """What was kept of which image, where one was edited; see `sampling.image_edit.ImageEdit.recipe`."""
 
     def recipe(self) -> dict[str, Any]:
         """What determines the pixels, as plain values."""
@@ -47,6 +66,7 @@ class GeneratedImage:
             "settings": dataclasses.asdict(self.settings),
             "model_sha256": self.model_sha256,
             "precision": self.precision,
+            **({} if self.edit is None else {"edit": dict(self.edit)}),
         }
 
     def description(self) -> dict[str, Any]:
@@ -58,3 +78,13 @@ class GeneratedImage:
             "scorer": self.scorer,
             "scores": {name: score if math.isfinite(score) else None for name, score in self.scores.items()},
         }
+
+    def to_pil(self) -> Image.Image:
+        """The image as a PIL image."""
+        return Image.fromarray(self.image)
+
+    def _repr_png_(self) -> bytes:
+        """How notebooks show it."""
+        stream = io.BytesIO()
+        self.to_pil().save(stream, format="PNG")
+        return stream.getvalue()

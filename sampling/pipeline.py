@@ -1,58 +1,65 @@
 """From prompts to ranked images: the model folder as one object that is called.
 
-    pipeline = Pipeline.load("my-model")
-    best = pipeline("a red star left of a blue ring", n=4, best_of=32, seed=7)
+    pipe = Pipeline.load("my-model")
+    images = pipe("a red star left of a blue ring", n=4, best_of=32, seed=7)
 
 Legend: B images, I image tokens, h w code grid, H W image.
 """
 
-import dataclasses
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, Unpack, get_args
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from dvae.model import DiscreteVAE
 from dvae.model import load as load_vae
-from dvae.pixels import to_uint8
-from sampling.bf16_weights import use_bf16_weights
-from sampling.decode import Sampled, SamplingSettings, Step, rows_that_fit, sample_codes
-from sampling.generated_image import GeneratedImage, ScorerName
-from sampling.likelihood import likelihood_ratio
-from sampling.random_stream import check_seed
-from scorer.api import Scorer, combine_ranks, rank
+from sampling.decode import sample_codes
+from sampling.editing import Seam, forced_codes
+from sampling.generated_image import GeneratedImage, PartialImage, ScorerName
+from sampling.image_edit import EditOptions, ImageSource, MaskSource, make_edit, read_init
+from sampling.outpainting import OUTPAINTING_STREAM, Margins, fill, new_canvas, plan_windows, window_known
+from sampling.request import Request
+from sampling.runner import PruneShares, RequestRunner, drawn_size
+from sampling.settings import SamplingSettings, SettingsOverrides, override
+from scorer.api import Scorer
 from scorer.model import load as load_scorer
 from tessera.config import from_plain
 from tessera.data.captions import clean_caption
 from tessera.errors import UserError
 from tessera.model_folder import ModelFolder
-from tessera.precision import Precision, autocast, resolve_device, resolve_precision
+from tessera.precision import Precision, resolve_device, resolve_precision
 from tessera.text_tokenizer import TextTokenizer
+from transformer.frozen_linear import Storage
 from transformer.model import Prior
 from transformer.model import load as load_prior
 
-ScorerChoice = Literal["auto", "clip", "likelihood", "combined"] | None
-
-_AT_ONCE = 64  # images per dVAE and scorer forward
+ScorerChoice = Literal["auto", "clip", "likelihood", "context", "combined"] | None
 
 
-class _Job(NamedTuple):
-    """One prompt of a call."""
+class CallOptions(SettingsOverrides, total=False):
+    """The keyword arguments of a call; see `Pipeline.stream`."""
 
-    prompt: str
-    seed: int
+    n: int
+    best_of: int | None
+    seed: int | Sequence[int]
+    scorer: ScorerChoice
+    init: ImageSource | None
+    mask: MaskSource | None
+    keep_rows: int | None
+    keep: float | None
+    seam: Seam
+    prune_keep: float
+    prune_after: float
+    on_progress: Callable[[int, int], None] | None
+    on_warning: Callable[[str], None]
 
 
-def drawn_size(prior: Prior, vae: DiscreteVAE) -> tuple[int, int]:
-    """(height, width) in pixels of the images that a dVAE makes of a prior's codes."""
-    return prior.layout.grid_height * vae.downsampling, prior.layout.grid_width * vae.downsampling
-
-
-class Pipeline:
+class Pipeline(RequestRunner):
     """A prior, a dVAE, a text tokenizer and, if there is one, a scorer.
 
     Args:
@@ -63,7 +70,23 @@ class Pipeline:
         settings: sampling settings where a call gives none.
         default_scorer: what scorer="auto" means; None takes clip where there is one, else the likelihood.
         model_sha256: of the model folder, kept with every image.
-        precision: of the dVAE; the prior's is that of its weights.
+        precision: of the dVAE, and of the prior where it is not decoding.
+        weights: how the prior's matrices are stored for decoding; see `transformer.decoder.Decoder`.
+        deterministic: on GPUs, whether images shall not depend on what is drawn beside them; on CPUs they never do.
+            Each forward then has the same number of rows, however few are needed.
+        knows_empty_caption: whether the prior was trained with empty captions, without which guidance cannot work.
+
+    Example:
+        >>> pipe = Pipeline.load("my-model")
+        >>> images = pipe("a red star", n=2, best_of=4, seed=7)
+        >>> [image.rank for image in images]
+        [0, 1]
+        >>> best = images[0]
+        >>> best.image.dtype, best.codes.ndim, best.settings.temperature > 0, "likelihood" in best.scores
+        (dtype('uint8'), 2, True, True)
+        >>> again = pipe("a red star", n=1, seed=7, scorer=None, init=best.image, keep_rows=2)[0]
+        >>> bool((again.codes[:2] == pipe.encode(best.image)[:2]).all())  # the first two rows of codes are kept
+        True
     """
 
     def __init__(
@@ -77,26 +100,41 @@ class Pipeline:
         default_scorer: ScorerName | None = None,
         model_sha256: str = "",
         precision: Precision | None = None,
+        weights: Storage = "fp32",
+        deterministic: bool = False,
+        knows_empty_caption: bool = True,
     ) -> None:
-        self.prior = prior
-        self.vae = vae
-        self.tokenizer = tokenizer
-        self.scorer = scorer
+        super().__init__(
+            prior=prior,
+            vae=vae,
+            tokenizer=tokenizer,
+            scorer=scorer,
+            model_sha256=model_sha256,
+            precision=precision or Precision("fp32", "the models as they were given"),
+            weights=weights,
+            deterministic=deterministic,
+        )
         self.settings = settings or SamplingSettings()
         self.default_scorer: ScorerName = default_scorer or ("likelihood" if scorer is None else "clip")
-        self.model_sha256 = model_sha256
-        self.device = next(prior.parameters()).device
-        self.precision = precision or Precision("fp32", "the models as they were given")
-        self.max_rows = rows_that_fit(prior)
+        self.knows_empty_caption = knows_empty_caption
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, device: str = "auto", precision: str = "auto") -> "Pipeline":
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        deterministic: bool = False,
+    ) -> "Pipeline":
         """Load a model folder.
 
         Args:
             path: the folder that `tessera fit` wrote.
             device: "auto", "cpu", "cuda", ...
-            precision: "auto", "bf16" or "fp32".
+            precision: "auto", "bf16" or "fp32"; "int8" stores the prior's weights in 8 bits for decoding, for the
+                lowest latency of single images, and leaves all else as "auto" has it.
+            deterministic: see the class.
 
         Returns:
             A pipeline with the folder's own sampling defaults.
@@ -105,15 +143,13 @@ class Pipeline:
             UserError: the folder or a part of it is missing, damaged or does not fit the rest.
         """
         chosen_device = resolve_device(device)
-        chosen_precision = resolve_precision(precision, chosen_device)
+        chosen_precision = resolve_precision("auto" if precision == "int8" else precision, chosen_device)
         folder = ModelFolder.open(Path(path))
         prior = load_prior(folder, device=chosen_device)
         vae = load_vae(folder, device=chosen_device)
         scorer = None
         if folder.has("scorer"):  # one that cannot read what the prior draws would show it only after the drawing
             scorer = load_scorer(folder, device=chosen_device, image_size=drawn_size(prior, vae))
-        if chosen_precision.name == "bf16":
-            use_bf16_weights(prior)
         defaults = folder.sampling_defaults()
         default_scorer = defaults.pop("scorer", None)
         if default_scorer not in (None, *get_args(ScorerName)):
@@ -129,9 +165,12 @@ class Pipeline:
             default_scorer=default_scorer,
             model_sha256=folder.sha256,
             precision=chosen_precision,
+            weights="int8" if precision == "int8" else chosen_precision.name,
+            deterministic=deterministic,
+            knows_empty_caption=folder.metadata("prior").get("condition_dropout") != 0,
         )
 
-    def __call__(self, prompt: str | Sequence[str], **options: Any) -> list[GeneratedImage]:
+    def __call__(self, prompt: str | Sequence[str], **options: Unpack[CallOptions]) -> list[GeneratedImage]:
         """Make images; see `stream` for the options.
 
         Args:
@@ -146,223 +185,300 @@ class Pipeline:
         """
         return [image for images in self.stream(prompt, **options) for image in images]
 
-    def stream(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        n: int = 1,
-        best_of: int | None = None,
-        seed: int | Sequence[int] = 0,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        guidance: float | None = None,
-        scorer: ScorerChoice = "auto",
-        on_progress: Callable[[int, int], None] | None = None,
-        on_warning: Callable[[str], None] = warnings.warn,
-    ) -> Iterator[list[GeneratedImage]]:
+    def stream(self, prompt: str | Sequence[str], **options: Unpack[CallOptions]) -> Iterator[list[GeneratedImage]]:
         """Make images and yield those of one prompt as soon as they are ranked.
 
-        An image depends on its prompt, seed, image index and settings alone: more candidates or other prompts beside it
-        change nothing (in bf16, and on GPUs, up to rounding).
+        An image depends on its prompt, seed, image index, settings and edit alone: more candidates or other prompts
+        beside it change nothing (on GPUs up to rounding, unless the pipeline is deterministic).
 
         Args:
             prompt: one prompt, or several; "" draws unconditionally.
-            n: images to return per prompt, >= 1.
-            best_of: candidates to draw per prompt, of which the n best are returned; >= n, None is n.
-            seed: from 0 to 2^63 - 1; or one per prompt.
-            temperature: see `SamplingSettings`; None here and below takes the model's default.
-            top_k: see `SamplingSettings`.
-            top_p: see `SamplingSettings`.
-            min_p: see `SamplingSettings`.
-            guidance: see `SamplingSettings`.
-            scorer: "clip", "likelihood", "combined" (of the two ranks), "auto" (the model's default), or None: no
-                ranking, images come in the order of their index.
-            on_progress: called with image tokens drawn so far and in all.
-            on_warning: called with one line where a prompt does not fit.
+            **options:
+
+                - n: images to return per prompt, >= 1 (default 1).
+                - best_of: candidates to draw per prompt, of which the n best are returned; >= n, None is n. They are
+                  drawn as many at a time as fit the memory.
+                - seed: from 0 to 2^63 - 1 (default 0); or one per prompt.
+                - guidance, guidance_schedule, guidance_power, guidance_threshold, temperature, top_k, top_p, min_p: see
+                  `SamplingSettings`; None takes the model's default.
+                - scorer: "clip"; "likelihood"; "context", how likely the kept codes of an edit are after the drawn
+                  ones; "combined" (of the ranks by all of these); "auto" (the default: the model's choice, and for
+                  edits combined); or None: no ranking, images come in the order of their index.
+                - init, mask, keep_rows, keep, seam: edit an image; see `EditOptions`.
+                - prune_keep, prune_after: go on with this share of the candidates after this share of the image, by
+                  the likelihood so far (defaults 1, all, and 0.5).
+                - on_progress: called with image tokens drawn so far and in all.
+                - on_warning: called with one line where something does not fit (default `warnings.warn`).
 
         Yields:
-            For each prompt n images, best first.
+            For each prompt n images, best first. Ctrl-C yields the best of those that were finished for the prompts
+            begun, and is raised again by the next step.
 
         Raises:
             UserError: an argument is out of range, or the model has no such scorer.
         """
-        settings = self._settings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance)
-        num_candidates = n if best_of is None else best_of
-        if n < 1:
-            raise UserError(f"n is {n}, expected at least 1")
-        if num_candidates < n:
-            raise UserError(f"best_of is {num_candidates}, expected at least n = {n}: it counts all candidates")
-        scorer_name = self._scorer_name(scorer)
-        if scorer_name is None and num_candidates > n:
-            raise UserError(f"best_of {num_candidates} of n {n} needs a scorer to choose by, got none")
-        jobs = self._jobs(prompt, seed, on_warning)
-        return self._run(jobs, n, num_candidates, settings, scorer_name, on_progress)
+        return self._finished(self._events(prompt, None, options))
 
-    def text_ids(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids int64 [len(prompts), T] of prompts, cut to the prior's text length."""
-        return self.tokenizer.encode_batch(prompts, text_len=self.prior.layout.text_len)
-
-    @torch.inference_mode()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Images uint8 [B, 3, H, W] on the CPU from codes int64 [B, I]."""
-        layout = self.prior.layout
-        grids = codes.reshape(-1, layout.grid_height, layout.grid_width)  # [B, h, w]
-        images = []
-        for part in grids.split(_AT_ONCE):
-            with autocast(self.precision, self.device):
-                pixels = self.vae.decode(part.to(self.device))
-            images.append(to_uint8(pixels).permute(0, 3, 1, 2).contiguous().cpu())
-        return torch.cat(images)
-
-    def _run(
-        self,
-        jobs: Sequence[_Job],
-        n: int,
-        num_candidates: int,
-        settings: SamplingSettings,
-        scorer_name: ScorerName | None,
-        on_progress: Callable[[int, int], None] | None,
-    ) -> Iterator[list[GeneratedImage]]:
-        image_len = self.prior.layout.image_len
-        total_tokens = len(jobs) * num_candidates * image_len
-        # As many prompts at a time as fill one forward.
-        images_per_forward = max(1, self.max_rows // (2 if settings.guided else 1))
-        jobs_at_once = max(1, images_per_forward // num_candidates)
-        for first in range(0, len(jobs), jobs_at_once):
-            group = jobs[first : first + jobs_at_once]
-            tokens_before = first * num_candidates * image_len
-
-            def report(step: Step, tokens_before: int = tokens_before) -> None:
-                if on_progress is not None:
-                    done = step.rows.start * image_len + len(step.rows) * (step.position + 1)
-                    on_progress(tokens_before + done, total_tokens)
-
-            text_ids = self.text_ids([job.prompt for job in group]).repeat_interleave(num_candidates, dim=0)  # [B, T]
-            sampled = sample_codes(
-                self.prior,
-                text_ids,
-                settings=settings,
-                seeds=torch.tensor([job.seed for job in group]).repeat_interleave(num_candidates),
-                image_index=torch.arange(num_candidates).repeat(len(group)),
-                max_rows=self.max_rows,
-                on_step=report,
-            )
-            images = self.decode(sampled.codes)  # uint8 [B, 3, H, W]
-            scores = self._scores(images, sampled, text_ids, [job.prompt for job in group], scorer_name)
-            for place, job in enumerate(group):
-                rows = slice(place * num_candidates, (place + 1) * num_candidates)
-                own_scores = {name: values[rows] for name, values in scores.items()}
-                yield self._rank(job, sampled.codes[rows], images[rows], own_scores, n, settings, scorer_name)
-
-    def _scores(
-        self, images: Tensor, sampled: Sampled, text_ids: Tensor, prompts: Sequence[str], scorer_name: ScorerName | None
-    ) -> dict[str, Tensor]:
-        """What is needed to rank the candidates of several prompts: float [B] by scorer."""
-        scores: dict[str, Tensor] = {}
-        if scorer_name in ("clip", "combined"):
-            per_prompt = len(images) // len(prompts)
-            scores["clip"] = self.score(images, [prompt for prompt in prompts for _ in range(per_prompt)])
-        ratio = sampled.log_ratio  # with guidance it costs nothing: keep it whatever ranks
-        if ratio is None and scorer_name in ("likelihood", "combined"):
-            ratio = likelihood_ratio(self.prior, sampled.codes, text_ids)
-        if ratio is not None:
-            scores["likelihood"] = ratio.cpu()
-        return scores
-
-    def _rank(
-        self,
-        job: _Job,
-        codes: Tensor,
-        images: Tensor,
-        scores: dict[str, Tensor],
-        n: int,
-        settings: SamplingSettings,
-        scorer_name: ScorerName | None,
-    ) -> list[GeneratedImage]:
-        """The n best of the candidates of one prompt."""
-        if scorer_name == "combined":
-            scores["combined"] = combine_ranks([scores["clip"], scores["likelihood"]])
-        order = list(range(len(codes))) if scorer_name is None else [int(i) for i in rank(scores[scorer_name])]
-        layout = self.prior.layout
-        grids = codes.reshape(-1, layout.grid_height, layout.grid_width).cpu()
-        return [
-            GeneratedImage(
-                image=images[index].permute(1, 2, 0).contiguous().numpy(),
-                codes=grids[index].numpy(),
-                prompt=job.prompt,
-                seed=job.seed,
-                image_index=index,
-                rank=place,
-                candidates=len(codes),
-                scorer=scorer_name,
-                scores={name: float(values[index]) for name, values in scores.items()},
-                settings=settings,
-                model_sha256=self.model_sha256,
-                precision=self.precision.name,
-            )
-            for place, index in enumerate(order[:n])
-        ]
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """How well images fit prompts by the learned scorer.
+    def watch(
+        self, prompt: str | Sequence[str], *, every: int, **options: Unpack[CallOptions]
+    ) -> Iterator[PartialImage | GeneratedImage]:
+        """Make images and show them while they grow.
 
         Args:
-            images: uint8 [B, 3, H, W].
-            prompts: B texts, one per image.
+            prompt: one prompt, or several.
+            every: show partial images after every so many tokens, >= 1.
+            **options: as for `stream`.
 
-        Returns:
-            float32 [B] on the CPU, higher is better.
+        Yields:
+            Partial images of the first n candidates of a prompt, then its n best images, finished. Who stops iterating
+            (and closes the iterator, as leaving a `for` loop's scope does) cancels the rest within one token.
 
         Raises:
-            UserError: the model has no scorer.
+            UserError: see `stream`.
         """
-        if self.scorer is None:
-            raise UserError(
-                "the model has no scorer part: train one with `tessera train-scorer`, or rank by likelihood"
+        if every < 1:
+            raise UserError(f"every is {every}, expected at least 1 token")
+        return self._flat(self._events(prompt, every, options))
+
+    def grid(
+        self,
+        prompt: str,
+        *,
+        axes: dict[str, Sequence[Any]],
+        seed: int = 0,
+        scorer: ScorerChoice = "auto",
+        on_progress: Callable[[int, int], None] | None = None,
+        on_warning: Callable[[str], None] = warnings.warn,
+        **settings: Unpack[SettingsOverrides],
+    ) -> list[GeneratedImage]:
+        """One image for each combination of settings, all in one batch, with the same random numbers.
+
+        Args:
+            prompt: what to draw.
+            axes: setting -> values, such as {"guidance": [1, 2, 4], "temperature": [0.8, 1]}.
+            seed: from 0 to 2^63 - 1.
+            scorer: what scores the images; see `stream`.
+            on_progress: see `stream`.
+            on_warning: see `stream`.
+            **settings: for all images.
+
+        Returns:
+            The images in the order of `itertools.product`: the last axis changes fastest.
+
+        Raises:
+            UserError: an axis is no setting, or has no values or one out of range.
+        """
+        if not axes or not all(len(values) for values in axes.values()):
+            raise UserError("a grid needs at least one setting, and at least one value of each")
+        combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+        cleaned = self._cleaned(prompt, on_warning)
+        requests = [
+            Request(
+                prompt=cleaned,
+                seed=seed,
+                settings=override(override(self.settings, settings), combination),  # type: ignore[arg-type]
             )
-        parts = [
-            self.scorer.score(images[start : start + _AT_ONCE], prompts[start : start + _AT_ONCE])
-            for start in range(0, len(images), _AT_ONCE)
+            for combination in combinations
         ]
-        return torch.cat(parts).float().cpu()
+        return [image for images in self.run(requests, scorer, on_progress, on_warning) for image in images]
 
-    def _settings(self, **overrides: float | None) -> SamplingSettings:
-        given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
-        return dataclasses.replace(self.settings, **given)
+    def outpaint(
+        self,
+        prompt: str,
+        *,
+        init: ImageSource,
+        margins: Margins,
+        n: int = 1,
+        seed: int = 0,
+        step: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        on_warning: Callable[[str], None] = warnings.warn,
+        **settings: Unpack[SettingsOverrides],
+    ) -> list[GeneratedImage]:
+        """Extend an image beyond the size that the model draws, by a window that slides over a larger canvas.
 
-    def _scorer_name(self, choice: ScorerChoice) -> ScorerName | None:
-        if choice not in (None, "auto", *get_args(ScorerName)):
-            raise UserError(f"scorer is {choice!r}, expected auto, {', '.join(get_args(ScorerName))} or None")
-        name = self.default_scorer if choice == "auto" else choice
-        if name in ("clip", "combined") and self.scorer is None:
-            if choice == "auto":
-                return "likelihood"
-            raise UserError(
-                f"scorer {name} needs a scorer part, which the model does not have: "
-                "train one with `tessera train-scorer`, or choose likelihood"
+        Args:
+            prompt: what to draw.
+            init: the given image.
+            margins: cells (of `vae.downsampling` pixels) to add on each side.
+            n: images to return, >= 1, by index.
+            seed: from 0 to 2^63 - 1.
+            step: new rows or columns per window; see `sampling.outpainting.plan_windows`.
+            on_progress: called with image tokens of windows done and in all.
+            on_warning: see `stream`.
+            **settings: see `stream`.
+
+        Returns:
+            n images with larger codes and pixels.
+
+        Raises:
+            UserError: an argument is out of range, or the image cannot be used.
+        """
+        layout, vae = self.prior.layout, self.vae
+        grid = (layout.grid_height, layout.grid_width)
+        request = Request(
+            prompt=self._cleaned(prompt, on_warning),
+            seed=seed,
+            n=n,
+            num_candidates=n,
+            settings=override(self.settings, settings),
+        )
+        self._warn_of_guidance([request], on_warning)
+        windows = plan_windows(grid, margins, step=step)
+        given = read_init(vae, drawn_size(self.prior, vae), init, on_warning)
+        canvas = new_canvas(given.codes.expand(n, -1, -1), margins)
+        text_ids = self.text_ids([request.prompt]).expand(n, -1)
+        for number, window in enumerate(windows):
+            sampled = sample_codes(
+                self.decoder,
+                text_ids,
+                settings=request.settings,
+                seeds=torch.full((n,), seed),
+                image_index=torch.arange(n),
+                forced=forced_codes(window_known(canvas, window)),
+                stream=OUTPAINTING_STREAM + number,
+                max_rows=self.max_rows,
             )
-        return name
+            canvas = fill(canvas, window, sampled.codes.cpu().reshape(n, *grid))
+            if on_progress is not None:
+                on_progress((number + 1) * n * layout.image_len, len(windows) * n * layout.image_len)
+        pixels = self.decode(canvas.codes)  # uint8 [n, 3, H', W']
+        return [
+            GeneratedImage(
+                image=pixels[index].permute(1, 2, 0).contiguous().numpy(),
+                codes=canvas.codes[index].numpy(),
+                prompt=request.prompt,
+                seed=seed,
+                image_index=index,
+                rank=index,
+                candidates=n,
+                scorer=None,
+                scores={},
+                settings=request.settings,
+                model_sha256=self.model_sha256,
+                precision=self.decoder.weights,
+                edit={"kind": "outpaint", "init_sha256": given.sha256, "margins": margins._asdict(), "step": step},
+            )
+            for index in range(n)
+        ]
 
-    def _jobs(
-        self, prompt: str | Sequence[str], seed: int | Sequence[int], on_warning: Callable[[str], None]
-    ) -> list[_Job]:
+    def run(
+        self,
+        requests: Sequence[Request],
+        scorer: ScorerChoice = "auto",
+        on_progress: Callable[[int, int], None] | None = None,
+        on_warning: Callable[[str], None] = warnings.warn,
+    ) -> Iterator[list[GeneratedImage]]:
+        """Make images for requests of any kind, mixed in one batch; yields as `stream` does.
+
+        Args:
+            requests: what to draw.
+            scorer: see `stream`.
+            on_progress: see `stream`.
+            on_warning: see `stream`.
+
+        Raises:
+            UserError: the model has no such scorer, or cannot rank by it.
+        """
+        scorer_name = self._scorer_name(scorer, requests)
+        self._warn_of_guidance(requests, on_warning)
+        return self._finished(self.events(requests, scorer=scorer_name, on_progress=on_progress))
+
+    @torch.inference_mode()
+    def encode(self, image: np.ndarray) -> np.ndarray:
+        """The codes int64 [h, w] of an image uint8 [H, W, 3]."""
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(self.device).float() / 255
+        return self.vae.encode(pixels)[0].cpu().numpy()
+
+    def _events(
+        self, prompt: str | Sequence[str], every: int | None, options: CallOptions
+    ) -> Iterator[PartialImage | list[GeneratedImage]]:
+        """Check what the user asks for, at once, and begin to draw when the iterator is asked."""
+        given: dict[str, Any] = dict(options)
+        n, best_of, seed = given.pop("n", 1), given.pop("best_of", None), given.pop("seed", 0)
+        choice, on_progress = given.pop("scorer", "auto"), given.pop("on_progress", None)
+        on_warning = given.pop("on_warning", warnings.warn)
+        pruning = PruneShares(given.pop("prune_keep", 1.0), given.pop("prune_after", 0.5))
+        edit_options = EditOptions(**{name: given.pop(name) for name in EditOptions._fields if name in given})
+        settings = override(self.settings, given)  # type: ignore[arg-type]
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts, expected one seed, or one per prompt")
-        jobs = []
-        for text, number in zip(prompts, seeds, strict=True):
-            check_seed(number)
-            cleaned = clean_caption(text)
-            text_len = self.prior.layout.text_len
-            num_tokens = len(self.tokenizer.encode(cleaned))
-            if num_tokens > text_len:
-                shown = cleaned if len(cleaned) <= 60 else cleaned[:57] + "..."
-                on_warning(
-                    f"the prompt has {num_tokens} tokens, the model reads {text_len}: "
-                    f"the last {num_tokens - text_len} are ignored ({shown!r})"
+        if not 0 < pruning.keep <= 1 or not 0 < pruning.after < 1:
+            raise UserError(
+                f"prune_keep is {pruning.keep} and prune_after {pruning.after}, expected shares in (0, 1] and (0, 1)"
+            )
+        asked = Request(prompt="", n=n, num_candidates=n if best_of is None else best_of, settings=settings)
+        edit = None
+        if edit_options != EditOptions():
+            edit = make_edit(self.vae, drawn_size(self.prior, self.vae), edit_options, on_warning)
+        requests = [
+            Request(
+                prompt=self._cleaned(text, on_warning),
+                seed=own_seed,
+                n=n,
+                num_candidates=asked.num_candidates,
+                settings=settings,
+                edit=edit,
+            )
+            for text, own_seed in zip(prompts, seeds, strict=True)
+        ]
+        scorer_name = self._scorer_name(choice, requests)
+        if scorer_name is None and asked.num_candidates > n:
+            raise UserError(f"best_of {asked.num_candidates} of n {n} needs a scorer to choose by, got none")
+        self._warn_of_guidance(requests, on_warning)
+        return self.events(requests, scorer=scorer_name, every=every, on_progress=on_progress, pruning=pruning)
+
+    @staticmethod
+    def _finished(events: Iterator[PartialImage | list[GeneratedImage]]) -> Iterator[list[GeneratedImage]]:
+        return (event for event in events if isinstance(event, list))
+
+    @staticmethod
+    def _flat(
+        events: Iterator[PartialImage | list[GeneratedImage]],
+    ) -> Iterator[PartialImage | GeneratedImage]:
+        for event in events:
+            if isinstance(event, PartialImage):
+                yield event
+            else:
+                yield from event
+
+    def _scorer_name(self, choice: ScorerChoice, requests: Sequence[Request]) -> ScorerName | None:
+        if choice not in (None, "auto", *get_args(ScorerName)):
+            raise UserError(f"scorer is {choice!r}, expected auto, {', '.join(get_args(ScorerName))} or None")
+        are_edits = bool(requests) and all(request.edit is not None for request in requests)
+        if choice == "context" and not are_edits:
+            raise UserError("scorer context asks how well kept codes fit the drawn ones: it needs an init image")
+        if choice == "auto" and are_edits:
+            return "combined"
+        name = self.default_scorer if choice == "auto" else choice
+        if name in ("clip", "combined") and self.scorer is None:
+            if choice == "auto":
+                return "likelihood"
+            if name == "clip" or not are_edits:
+                raise UserError(
+                    f"scorer {name} needs a scorer part, which the model does not have: "
+                    "train one with `tessera train-scorer`, or choose likelihood"
                 )
-            jobs.append(_Job(cleaned, number))
-        return jobs
+        return name
+
+    def _warn_of_guidance(self, requests: Sequence[Request], on_warning: Callable[[str], None]) -> None:
+        if not self.knows_empty_caption and any(request.settings.guided for request in requests):
+            on_warning(
+                "guidance compares with the empty caption, which this prior never saw: it was trained with "
+                "condition_dropout 0. Expect worse images than with guidance 1"
+            )
+
+    def _cleaned(self, text: str, on_warning: Callable[[str], None]) -> str:
+        """The prompt as training captions are cleaned; tells if it is too long."""
+        cleaned = clean_caption(text)
+        text_len = self.prior.layout.text_len
+        num_tokens = len(self.tokenizer.encode(cleaned))
+        if num_tokens > text_len:
+            shown = cleaned if len(cleaned) <= 60 else cleaned[:57] + "..."
+            on_warning(
+                f"the prompt has {num_tokens} tokens, the model reads {text_len}: "
+                f"the last {num_tokens - text_len} are ignored ({shown!r})"
+            )
+        return cleaned

@@ -5,7 +5,7 @@ order they are drawn, or on which device: the integers are exact everywhere.
 
 Generator: Philox4x32-10 of Salmon, Moraes, Dror and Shaw, Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011),
 section 3.3, checked against the known answers published with it. The key is the 64-bit seed; the counter is
-(position, image index low, image index high, 0).
+(position, image index low, image index high, stream).
 
 Legend: B images, I positions.
 """
@@ -69,20 +69,24 @@ def check_seed(seed: int) -> None:
         raise UserError(f"seed is {seed}, expected an integer from 0 to {MAX_SEED}")
 
 
-def uniforms(seeds: Tensor, image_index: Tensor, *, num_positions: int) -> Tensor:
+def uniforms(seeds: Tensor, image_index: Tensor, *, num_positions: int, stream: int = 0) -> Tensor:
     """Uniform numbers for every position of every image, 53 random bits each.
 
     Args:
         seeds: int64 [B], >= 0.
         image_index: int64 [B], >= 0: the number of the image within its prompt and seed.
         num_positions: I, how many numbers each image needs.
+        stream: which of the 2^32 independent streams of an image; another purpose takes another one.
 
     Returns:
         float64 [B, I] in [0, 1).
 
     Raises:
         UserError: the two tensors have different shapes, or hold a negative number.
+        ValueError: there is no such stream.
     """
+    if not 0 <= stream <= _MASK:
+        raise ValueError(f"stream must lie in [0, 2^32); got {stream}")
     if seeds.ndim != 1 or seeds.shape != image_index.shape:
         raise UserError(
             f"seeds have shape {tuple(seeds.shape)}, image_index {tuple(image_index.shape)}: expected [B] and [B]"
@@ -91,6 +95,6 @@ def uniforms(seeds: Tensor, image_index: Tensor, *, num_positions: int) -> Tenso
         raise UserError("seeds and image_index must not be negative")
     position = torch.arange(num_positions, dtype=torch.int64, device=seeds.device)[None, :]  # [1, I]
     index = image_index[:, None]  # [B, 1]
-    counter = Words(position, index & _MASK, index >> 32, torch.zeros_like(position))
+    counter = Words(position, index & _MASK, index >> 32, torch.full_like(position, stream))
     words = philox4x32(counter, (seeds & _MASK)[:, None], (seeds >> 32)[:, None])  # [B, I] each
     return ((words.w0 >> 5) * 2**26 + (words.w1 >> 6)).to(torch.float64) * 2.0**-53

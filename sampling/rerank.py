@@ -16,7 +16,7 @@ from torch import Tensor
 from dvae.model import load as load_vae
 from sampling.arguments import SCORER_CHOICES, add_device_argument
 from sampling.likelihood import likelihood_ratio
-from sampling.pipeline import drawn_size
+from sampling.runner import drawn_size
 from scorer.api import Scorer, combine_ranks, rank
 from scorer.model import load as load_scorer
 from tessera.data.captions import clean_caption

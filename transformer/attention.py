@@ -195,6 +195,7 @@ def decode_attention(
     position: int | Tensor,
     *,
     backend: Backend = "auto",
+    scale: float | None = None,
 ) -> Tensor:
     """Attention of one new position against a cache, which receives its key and value.
 
@@ -206,6 +207,7 @@ def decode_attention(
         position: where in the sequence the new position stands. A tensor, int32 [1] or [B] on the device, is for
             image positions and the Triton kernel only: nothing is read back from it, so that a CUDA graph may hold it.
         backend: as in `attention`; see `choose_decode_backend`.
+        scale: factor of the scores; None is 1/sqrt(D).
 
     Returns:
         [B, H, 1, D] in the dtype of `value`.
@@ -215,23 +217,54 @@ def decode_attention(
             no such position.
     """
     _check_decoding(query, key, value, cache, position)
-    mask = cache.layout.mask
+    return attend_to_cache(query, key, value, cache, position, backend=backend, scale=scale)
+
+
+def attend_to_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: LayerCache,
+    position: int | Tensor,
+    *,
+    backend: Backend = "auto",
+    scale: float | None = None,
+) -> Tensor:
+    """`decode_attention` without its checks of shapes, for a loop whose shapes stay the same."""
     chosen = choose_decode_backend(
         device=query.device, head_dim=query.shape[3], dtype=cache.keys.dtype, backend=backend
     )
+    mask = cache.layout.mask
     if chosen == "triton" and (isinstance(position, Tensor) or position >= mask.text_len):
         if not isinstance(position, Tensor):
             position = torch.full((1,), position, dtype=torch.int32, device=query.device)
         query, key, new_value = (tensor.to(cache.keys.dtype) for tensor in (query, key, value))
-        return ops.decode_attention(query, key, new_value, cache.keys, cache.values, position, mask).to(value.dtype)
+        keys, values = cache.keys, cache.values
+        return ops.decode_attention(query, key, new_value, keys, values, position, mask, scale=scale).to(value.dtype)
     if isinstance(position, Tensor):
         raise ValueError("a position on the device is read by backend triton only; give it as a number")
     cache.write(position, key, value)
     visible = cache.layout.visible(position, query.device)
     keys, values = cache.keys[:, :, visible].to(key.dtype), cache.values[:, :, visible].to(value.dtype)
-    if chosen == "matmul" and keys.shape[2] <= CPU_MATMUL_KEYS:
-        return matmul_attention(query, keys, values, None)
-    return F.scaled_dot_product_attention(query, keys, values, enable_gqa=query.shape[1] != keys.shape[1])
+    if chosen == "matmul":
+        return _one_position(query, keys, values, scale)
+    return F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=query.shape[1] != keys.shape[1])
+
+
+def _one_position(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Attention of one position, query [B, H, 1, D], to all keys [B, Hkv, n, D]; one product for each row and head.
+
+    On CPUs PyTorch's fused kernel is no faster, and what it gives for a row depends on the number of rows.
+    """
+    batch, heads, _, head_dim = query.shape
+    query = query.reshape(batch * key.shape[1], -1, head_dim)  # [B * Hkv, H / Hkv, D]
+    if scale is None:
+        scale = head_dim**-0.5
+    if scale != 1:
+        query = query * scale
+    scores = torch.bmm(query, key.flatten(0, 1).transpose(1, 2))  # [B * Hkv, H / Hkv, n]
+    attended = torch.bmm(scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype), value.flatten(0, 1))
+    return attended.view(batch, heads, 1, head_dim)
 
 
 @lru_cache(maxsize=256)
@@ -241,8 +274,8 @@ def choose_decode_backend(
     """How one new position is decoded; says so in the log, once for each combination.
 
     The kernel where it can run, for every mask: it reads no more than the mask allows (and has not been timed yet).
-    Otherwise the visible slots are gathered and given to PyTorch's kernels, on a CPU to plain products where they are
-    few; the other names of `Backend` ask for that, too.
+    Otherwise the visible slots are gathered and given to PyTorch's kernels, on a CPU to plain products; the other names
+    of `Backend` ask for that, too.
 
     Raises:
         ValueError: the backend is unknown or cannot run here.

@@ -101,6 +101,15 @@ class KVCache:
         """Memory that keys and values take."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
+    def row(self, index: int) -> "KVCache":
+        """A view of one row, as a cache of one row."""
+        return KVCache(
+            tuple(
+                LayerCache(layer.keys[index : index + 1], layer.values[index : index + 1], layer.layout)
+                for layer in self.layers
+            )
+        )
+
     def expand(self, index: Tensor) -> "KVCache":
         """A new cache whose row b is a copy of row index[b]: candidates of a prompt start from its one prefix."""
         return KVCache(tuple(layer.expand(index) for layer in self.layers))

@@ -159,6 +159,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             "corpus": shards.index.corpus_name,
             "image_size": [shards.index.image_height, shards.index.image_width],
             "samples": len(train_rows),
+            "condition_dropout": config.condition_dropout,
             "steps": result.steps,
             "measured": result.metrics,
         },

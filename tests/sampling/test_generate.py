@@ -25,7 +25,7 @@ def _loaded_once(monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline, model_fold
     """Commands on the tiny model take the pipeline that is already loaded."""
     load = Pipeline.load
 
-    def load_or_take(path: str, **options: str) -> Pipeline:
+    def load_or_take(path: str, **options) -> Pipeline:
         return pipeline if Path(path) == model_folder else load(path, **options)
 
     monkeypatch.setattr(sampling.generate.Pipeline, "load", load_or_take)

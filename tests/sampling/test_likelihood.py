@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from sampling.decode import SamplingSettings, sample_codes
+from sampling.decode import sample_codes
 from sampling.likelihood import likelihood_ratio
+from sampling.settings import SamplingSettings
 from tessera.errors import UserError
+from transformer.decoder import Decoder
 from transformer.model import Prior, PriorConfig, SequenceLayout
 
 LAYOUT = SequenceLayout(text_len=4, grid_height=3, grid_width=3, text_vocab_size=12, codebook_size=11)
@@ -49,7 +51,7 @@ def test_the_empty_caption_explains_nothing(prior: Prior) -> None:
 def test_images_score_higher_with_the_text_that_they_were_drawn_from(prior: Prior) -> None:
     right, wrong = torch.randint(0, 16, (2, 64, 4))
     sampled = sample_codes(
-        prior,
+        Decoder(prior),
         right,
         settings=SamplingSettings(),
         seeds=torch.zeros(64, dtype=torch.int64),

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sampling.decode import SamplingSettings
 from sampling.generated_image import GeneratedImage
 from sampling.pipeline import Pipeline
+from sampling.settings import SamplingSettings
 from tessera.errors import UserError
 from tessera.model_folder import ModelFolder, write_sampling_defaults
 
