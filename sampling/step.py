@@ -146,8 +146,7 @@ def choose(state: State, position: int | Tensor) -> None:
         drawn = torch.where(_column(state.forced.mask, position), _column(state.forced.codes, position), drawn)
     _fill(state.codes, position, drawn)
     state.fed = torch.cat([drawn, drawn[state.guided]]) if num_guided else drawn
-    chosen = logits.gather(1, state.fed[:, None])[:, 0]
-    _fill(state.log_probabilities, position, chosen - logits.logsumexp(dim=1))
+    _fill(state.log_probabilities, position, logits.log_softmax(dim=1).gather(1, state.fed[:, None])[:, 0])
 
 
 def advance(decoder: Decoder, state: State, position: int | Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The commands of README.md: each is understood by its command, and the quick ones run on a tiny model."""
+"""The commands and the Python of README.md and docs/sampling.md: understood, and the quick ones run on a tiny model."""
 
 import glob
 import importlib
@@ -36,7 +36,8 @@ def commands_in(text: str) -> list[str]:
     return found
 
 
-COMMAND_LINES = commands_in(README.read_text(encoding="utf-8")) if README.exists() else []
+PAGES = (README, ROOT / "docs" / "sampling.md")
+COMMAND_LINES = [line for page in PAGES if page.exists() for line in commands_in(page.read_text(encoding="utf-8"))]
 every_command = pytest.mark.parametrize("line", COMMAND_LINES)
 
 
@@ -68,12 +69,30 @@ def test_a_command_of_the_readme_is_understood(line: str, monkeypatch: pytest.Mo
         module._parser().parse_intermixed_args(argv)
 
 
-def test_the_python_of_the_readme_runs(scenes_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), flags=re.M | re.S)
+def make_files(folder: Path, model: Path) -> None:
+    """The files that the pages' examples name."""
+    for name in ("my-model", "my-emoji"):
+        (folder / name).symlink_to(model)
+    photo = Image.new("RGB", (20, 16), "red")
+    mask = Image.new("L", (20, 16))
+    mask.paste(255, (0, 8, 10, 16))
+    for name, picture in (("photo.jpg", photo), ("photo.png", photo), ("mask.png", mask)):
+        picture.save(folder / name)
+    for name, color in (("a.png", "blue"), ("b.png", "red")):
+        Image.new("RGB", (16, 16), color).save(folder / name)
+
+
+@pytest.mark.filterwarnings("ignore:.*pixels")  # the photo is resized, and says so
+@pytest.mark.parametrize("page", ["README.md", "docs/sampling.md"])
+def test_the_python_of_a_page_runs(
+    page: str, scenes_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my-model").symlink_to(scenes_model)
+    make_files(tmp_path, scenes_model)
     names: dict[str, Any] = {}
-    exec(block, names)
+    for block in blocks:
+        exec(block, names)
     assert len(names["images"]) == 4 and names["images"][0].image.dtype == "uint8"
 
 
@@ -83,10 +102,6 @@ def test_a_quick_command_of_the_readme_runs(line: str, scenes_model: Path, tmp_p
     if name not in QUICK:
         pytest.skip("takes longer than a test may")
     monkeypatch.chdir(tmp_path)
-    for model in ("my-model", "my-emoji"):
-        (tmp_path / model).symlink_to(scenes_model)
-    Image.new("RGB", (20, 16), "red").save(tmp_path / "photo.jpg")
-    for name_, color in (("a.png", "blue"), ("b.png", "red")):
-        Image.new("RGB", (16, 16), color).save(tmp_path / name_)
+    make_files(tmp_path, scenes_model)
     expanded = [path for word in argv for path in (sorted(glob.glob(word)) if "*" in word else [word])]
     assert main([name, *expanded]) == 0

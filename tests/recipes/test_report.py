@@ -12,8 +12,8 @@ from recipes.evaluate import accuracy_tables
 from recipes.plan import Plan
 from recipes.report import chosen_prompts, render_report
 from recipes.tune import Trial
-from sampling.settings import SamplingSettings
 from sampling.generated_image import GeneratedImage
+from sampling.settings import SamplingSettings
 from tessera.data.scenes import Prompt, sample_prompts
 
 
