@@ -175,6 +175,7 @@ def sample_steps(
         index = torch.tensor(images, device=device)
         part = _MicroBatch(
             images=tuple(images),
+            num_images=len(set(images)),
             text_ids=text_ids[index],
             draws=draws[index],
             settings=[each[image] for image in images],
@@ -208,6 +209,7 @@ class _MicroBatch(NamedTuple):
     """The R images of one forward, and what `_sample` needs to know of them."""
 
     images: tuple[int, ...]
+    num_images: int  # different ones; what follows repeats the first
     text_ids: Tensor  # int64 [R, T]
     draws: Tensor  # float64 [R, I]
     settings: list[SamplingSettings]
@@ -268,8 +270,10 @@ def _sample(decoder: Decoder, part: _MicroBatch, pruning: Pruning | None) -> Gen
         else:
             choose(state, position)
             advance(decoder, state, position)
-        images = part.images if len(left) == len(part.images) else tuple(part.images[row] for row in left.tolist())
-        yield Step(images, position, state.codes)
+        if len(left) == len(part.images):
+            yield Step(part.images[: part.num_images], position, state.codes[: part.num_images])
+        else:
+            yield Step(tuple(part.images[row] for row in left.tolist()), position, state.codes)
         if position == give_up_after and pruning is not None:
             keep_figures()
             assert part.groups is not None

@@ -1,46 +1,72 @@
 """`tessera generate`: prompts in, PNG files that say how they were made out.
 
 tessera generate my-model "a red star left of a blue ring" -n 4 --best-of 32 --seed 7 --out out/
+tessera generate my-model "a red star" --init photo.png --mask mask.png --seam blend
+tessera generate my-model "a red star" --init photo.png --outpaint right=4,bottom=2
+tessera generate my-model "a red star" --grid guidance=1,2,4 --grid temperature=0.8,1
 """
 
+import argparse
 import json
-import re
+import math
 import sys
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-import tessera
 from sampling.arguments import (
-    SCORER_CHOICES,
+    add_candidate_arguments,
     add_device_argument,
+    add_editing_arguments,
     add_precision_argument,
     add_sampling_arguments,
+    read_axes,
 )
 from sampling.generated_image import GeneratedImage
-from sampling.pictures import Tile, contact_sheet
+from sampling.outpainting import Margins, parse_margins
 from sampling.pipeline import Pipeline
-from tessera.data.images import ImageError, read_png_text, save_png
+from sampling.request import Request
+from sampling.saving import description, save_image, save_sheet
+from sampling.settings import SamplingSettings, SettingsOverrides, override
 from tessera.errors import UserError, run_command
-from tessera.model_folder import short_sha256
 from tessera.one_line_parser import OneLineParser
 
-METADATA_KEY = "tessera"
-_SLUG_BYTES = 80  # leaves room for seed, index and counter in the 255 bytes of a file name
 _MAX_SHEET_IMAGES = 100
+
+# A flag makes sense with one of those beside it, and not with any of the others.
+_NEEDS = {
+    "--mask": ("--init",),
+    "--keep-rows": ("--init",),
+    "--keep": ("--init",),
+    "--outpaint": ("--init",),
+    "--init": ("--mask", "--keep-rows", "--keep", "--outpaint"),
+    "--seam": ("--mask",),
+    "--outpaint-step": ("--outpaint",),
+    "--prune-after": ("--prune-keep",),
+}
+_EXCLUDES = {
+    "--mask": ("--keep-rows", "--keep", "--outpaint"),
+    "--keep-rows": ("--keep", "--outpaint"),
+    "--keep": ("--outpaint",),
+    "--outpaint": ("--scorer", "--prune-keep", "--all"),
+    "--grid": ("--init", "-n", "--best-of", "--prune-keep"),
+    "--all": ("--prune-keep",),
+}
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    arguments = _parser().parse_intermixed_args(list(argv))
+    parser = _parser()
+    arguments = parser.parse_intermixed_args(list(argv))
     prompts = _prompts(arguments.prompts, arguments.prompts_file)
+    axes = read_axes(arguments.grid)
+    margins = None if arguments.outpaint is None else parse_margins(arguments.outpaint)
+    _check(parser, arguments, axes, num_prompts=len(prompts))
     console = Console(stderr=True)
 
     def warn(message: str) -> None:
@@ -51,154 +77,176 @@ def main(argv: Sequence[str]) -> int:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file, expected a folder")
     out.mkdir(parents=True, exist_ok=True)
-    pipeline = Pipeline.load(arguments.model, device=arguments.device, precision=arguments.precision)
+    pipeline = Pipeline.load(
+        arguments.model,
+        device=arguments.device,
+        precision=arguments.precision,
+        deterministic=arguments.deterministic,
+    )
     num_candidates = arguments.n if arguments.best_of is None else arguments.best_of
+    num_combinations = math.prod(len(values) for values in axes.values())
+    num_shown = len(prompts) * num_combinations * arguments.n
+    images: list[GeneratedImage] = []
     kept: list[GeneratedImage] = []
     num_saved = 0
     with _progress(console) as progress:
-        image_len = pipeline.prior.layout.image_len
-        task = progress.add_task("drawing", total=len(prompts) * num_candidates, unit=1)
-        stream = pipeline.stream(
-            prompts,
-            n=num_candidates if arguments.all else arguments.n,
-            best_of=arguments.best_of,
-            seed=arguments.seed,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            min_p=arguments.min_p,
-            guidance=arguments.guidance,
-            scorer=None if arguments.scorer == "none" else arguments.scorer,
-            on_progress=lambda done, _: progress.update(task, completed=done / image_len),
-            on_warning=warn,
-        )
+        num_drawn = len(prompts) * num_combinations * num_candidates
+        task = progress.add_task("drawing", total=num_drawn)
         try:
-            for images in stream:
+            for images in _drawn(
+                pipeline,
+                prompts,
+                arguments,
+                axes=axes,
+                margins=margins,
+                on_share=lambda share: progress.update(task, completed=share * num_drawn),
+                on_warning=warn,
+            ):
                 for image in images:
-                    path = save_image(image, out, model_name=Path(arguments.model).name)
+                    path = save_image(image, out, model_name=Path(arguments.model).name, axes=list(axes))
                     num_saved += 1
                     _report(image, path, as_json=arguments.json)
-                if len(kept) < _MAX_SHEET_IMAGES:
-                    kept.extend(images[: arguments.n])
+                best = images if axes else images[: arguments.n]
+                kept.extend(best[: _MAX_SHEET_IMAGES - len(kept)])
         except KeyboardInterrupt:
             if num_saved:
-                warn(f"{num_saved} images are in {out}")
-            raise
+                is_part = margins is None and images[0].candidates < num_candidates
+                of_part = f"; the last are the best of the {images[0].candidates} candidates that were finished"
+                warn(f"{num_saved} images are in {out}{of_part if is_part else ''}")
+            raise KeyboardInterrupt("the same command draws all images again") from None
     if not arguments.no_sheet:
-        if len(prompts) * arguments.n > _MAX_SHEET_IMAGES:
-            warn(f"the contact sheet shows the first {_MAX_SHEET_IMAGES} of {len(prompts) * arguments.n} images")
-        path = save_sheet(kept[:_MAX_SHEET_IMAGES], out)
-        if not arguments.json:
-            print(f"contact sheet: {path}")
+        if num_shown > len(kept):
+            warn(f"the contact sheet shows the first {len(kept)} of {num_shown} images")
+        _save_sheet(kept, out, axes=axes, as_json=arguments.json, on_warning=warn)
     return 0
 
 
-def save_image(image: GeneratedImage, folder: Path, *, model_name: str = "") -> Path:
-    """Write one image as PNG with its recipe, scores and an A1111-readable `parameters` text.
+def _drawn(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    arguments: argparse.Namespace,
+    *,
+    axes: dict[str, Sequence[Any]],
+    margins: Margins | None,
+    on_share: Callable[[float], None],
+    on_warning: Callable[[str], None],
+) -> Iterator[list[GeneratedImage]]:
+    """Images of one prompt at a time; tells the share of all the work that is done."""
+    settings = _overrides(arguments)
+    scorer = None if arguments.scorer == "none" else arguments.scorer
+    if axes:
+        yield pipeline.grid(
+            prompts[0],
+            axes=axes,
+            seed=arguments.seed,
+            scorer=scorer,
+            on_progress=lambda done, total: on_share(done / total),
+            on_warning=on_warning,
+            **settings,
+        )
+    elif margins is not None:
+        for place, prompt in enumerate(prompts):
+            yield pipeline.outpaint(
+                prompt,
+                init=arguments.init,
+                margins=margins,
+                n=arguments.n,
+                best_of=arguments.best_of,
+                seed=arguments.seed,
+                step=arguments.outpaint_step,
+                on_progress=lambda done, total, place=place: on_share((place + done / total) / len(prompts)),
+                on_warning=on_warning,
+                **settings,
+            )
+    else:
+        yield from pipeline.stream(
+            prompts,
+            n=arguments.best_of if arguments.all and arguments.best_of is not None else arguments.n,
+            best_of=arguments.best_of,
+            seed=arguments.seed,
+            scorer=scorer,
+            init=arguments.init,
+            mask=arguments.mask,
+            keep_rows=arguments.keep_rows,
+            keep=arguments.keep,
+            seam=arguments.seam,
+            prune_keep=arguments.prune_keep,
+            prune_after=arguments.prune_after,
+            on_progress=lambda done, total: on_share(done / total),
+            on_warning=on_warning,
+            **settings,
+        )
 
-    The same recipe writes the same file again; a file that holds anything else is left alone and the name numbered.
 
-    Args:
-        image: what the pipeline returned.
-        folder: where to write; must exist.
-        model_name: for the `parameters` text.
+def _check(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, axes: Mapping[str, Sequence[Any]], num_prompts: int
+) -> None:
+    """Refuse what cannot be before anything is loaded."""
+    given = _given(parser, arguments)
+    for flag in sorted(given):
+        if flag in _NEEDS and given.isdisjoint(_NEEDS[flag]):
+            raise UserError(f"{flag} needs {' or '.join(_NEEDS[flag])} beside it")
+        for other in _EXCLUDES.get(flag, ()):
+            if other in given:
+                raise UserError(f"{flag} does not go with {other}: give one of them")
+    for name in axes:
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--grid {name} does not go with --{name.replace('_', '-')}: the grid says all values")
+    if axes and num_prompts > 1:
+        raise UserError(f"--grid is for one prompt, got {num_prompts}")
+    if arguments.scorer == "context" and arguments.init is None:
+        raise UserError("--scorer context asks how well what is kept of --init fits what is drawn: give --init")
+    for flag in ("init", "mask"):
+        path = getattr(arguments, flag)
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"--{flag} {path}: there is no such file, expected an image")
+    override(SamplingSettings(), _overrides(arguments))
+    num_candidates = arguments.n if arguments.best_of is None else arguments.best_of
+    Request(prompt="", seed=arguments.seed, n=arguments.n, num_candidates=num_candidates)
+    if arguments.scorer == "none" and num_candidates > arguments.n:
+        raise UserError(f"--best-of {num_candidates} of -n {arguments.n} needs a scorer to choose by, got none")
+    if 0 < arguments.prune_keep < 1 and math.ceil(arguments.prune_keep * num_candidates) < arguments.n:
+        raise UserError(
+            f"--prune-keep {arguments.prune_keep:g} of {num_candidates} candidates leaves fewer than -n {arguments.n}: "
+            "raise --best-of"
+        )
 
-    Returns:
-        The path written: <slug of the prompt>-<seed>-<image index>.png, or with -2, -3, ... before the suffix.
-    """
-    stem = f"{slug(image.prompt)}-{image.seed}-{image.image_index}"
-    description = {"kind": "image", "tessera": tessera.__version__, **image.description()}
-    text = {
-        METADATA_KEY: json.dumps(description, ensure_ascii=False),
-        "parameters": parameters_text(image, model_name=model_name),
+
+def _given(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> set[str]:
+    """The flags whose values are not the default."""
+    return {
+        flag
+        for flag in {*_NEEDS, *_EXCLUDES, *(other for others in _EXCLUDES.values() for other in others)}
+        if getattr(arguments, dest := flag.lstrip("-").replace("-", "_")) != parser.get_default(dest)
     }
-    path = free_path(folder, stem, same={"kind": "image", **image.recipe()})
-    save_png(path, image.image, text)
-    return path
 
 
-def save_sheet(images: Sequence[GeneratedImage], folder: Path) -> Path:
-    """Write the contact sheet of images as sheet-<slug of the first prompt>-<seed>.png; returns the path."""
-    prompts = list(dict.fromkeys(image.prompt for image in images))
-    one_prompt = len(prompts) == 1
-    tiles = [
-        Tile(image.image, "" if one_prompt else image.prompt or "(no prompt)", _note(image, with_seed=one_prompt))
-        for image in images
-    ]
-    title = (prompts[0] or "(no prompt)") if one_prompt else f"{len(images)} images for {len(prompts)} prompts"
-    columns = None
-    if not one_prompt and len(images) % len(prompts) == 0 and len(images) > len(prompts):
-        columns = min(8, len(images) // len(prompts))  # one row per prompt
-    sheet = contact_sheet(tiles, columns=columns, title=title)
-    same = {"kind": "contact sheet", "images": [image.recipe() for image in images]}
-    text = {METADATA_KEY: json.dumps({**same, "tessera": tessera.__version__}, ensure_ascii=False)}
-    path = free_path(folder, f"sheet-{slug(prompts[0])}-{images[0].seed}", same=same)
-    save_png(path, np.asarray(sheet), text)
-    return path
+def _overrides(arguments: argparse.Namespace) -> SettingsOverrides:
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in SettingsOverrides.__annotations__}
+    return given  # type: ignore[return-value]
 
 
-def read_metadata(path: Path) -> dict[str, Any] | None:
-    """What `save_image` or `save_sheet` wrote into a PNG; None if the file is not one of theirs."""
+def _save_sheet(
+    images: Sequence[GeneratedImage],
+    folder: Path,
+    *,
+    axes: Mapping[str, Sequence[Any]],
+    as_json: bool,
+    on_warning: Callable[[str], None],
+) -> None:
     try:
-        content = json.loads(read_png_text(path).get(METADATA_KEY, "null"))
-    except (ImageError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def free_path(folder: Path, stem: str, *, same: dict[str, Any]) -> Path:
-    """The first of stem.png, stem-2.png, ... that does not exist, or whose metadata agree with `same`."""
-    number = 1
-    while True:
-        path = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
-        if not path.exists():
-            return path
-        found = read_metadata(path)
-        if found is not None and {key: found.get(key) for key in same} == json.loads(json.dumps(same)):
-            return path
-        number += 1
-
-
-def slug(prompt: str) -> str:
-    """A prompt as a file name: its words in lower case, joined by hyphens, in any script, at most 80 bytes."""
-    words = re.findall(r"\w+", unicodedata.normalize("NFKC", prompt).lower())
-    joined = "-".join(words).encode()[:_SLUG_BYTES].decode(errors="ignore")  # a character cut in two is dropped
-    return joined.strip("-_") or "image"
-
-
-def parameters_text(image: GeneratedImage, *, model_name: str = "") -> str:
-    """The recipe in the form that the Stable Diffusion web UI writes, which many viewers show and search."""
-    height, width, _ = image.image.shape
-    settings = image.settings
-    fields = {
-        "Steps": image.codes.size,
-        "Sampler": "tessera",
-        "CFG scale": settings.guidance,
-        "Seed": image.seed,
-        "Size": f"{width}x{height}",
-        "Model hash": short_sha256(image.model_sha256),
-        **({"Model": model_name} if model_name else {}),
-        "Image index": image.image_index,
-        "Temperature": settings.temperature,
-        "Top-k": settings.top_k,
-        "Top-p": settings.top_p,
-        "Min-p": settings.min_p,
-        "Version": f"tessera {tessera.__version__}",
-    }
-    return f"{image.prompt}\nNegative prompt: \n" + ", ".join(f"{name}: {value}" for name, value in fields.items())
-
-
-def _note(image: GeneratedImage, *, with_seed: bool) -> str:
-    parts = [f"seed {image.seed} / {image.image_index}"] if with_seed else []
-    if image.scorer is not None:
-        parts.append(f"{image.scorer} {image.scores[image.scorer]:.2f}")
-    return ", ".join(parts)
+        path = save_sheet(images, folder, axes=axes)
+    except UserError as error:  # too many large images for one picture; they are saved, each by itself
+        on_warning(f"no contact sheet: {error}")
+        return
+    if not as_json:
+        print(f"contact sheet: {path}")
 
 
 def _report(image: GeneratedImage, path: Path, *, as_json: bool) -> None:
     """One line per image on stdout, at once, so that a reader of the pipe can follow."""
     if as_json:
-        print(json.dumps({"path": str(path), **image.description()}, ensure_ascii=False), flush=True)
+        print(json.dumps({"path": str(path), **description(image)}, ensure_ascii=False), flush=True)
     else:
         scores = "  ".join(f"{name} {value:.3f}" for name, value in image.scores.items())
         print(f"{path}  {scores}".rstrip(), flush=True)
@@ -254,19 +302,16 @@ def _parser() -> OneLineParser:
     parser.add_argument("model", metavar="MODEL", help="a model folder, as `tessera fit` writes it")
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help='what to draw, in quotes; "" is no prompt')
     parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, UTF-8 text, one per line")
-    parser.add_argument("-n", type=int, default=1, metavar="N", help="images per prompt (default: %(default)s)")
+    add_device_argument(parser)
+    add_precision_argument(parser, with_int8=True)
     parser.add_argument(
-        "--best-of", type=int, metavar="N", help="candidates per prompt, of which the best -n are kept (default: -n)"
+        "--deterministic",
+        action="store_true",
+        help="on GPUs: images do not depend on what is drawn beside them, to the last bit; slower (on CPUs always so)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="integer from 0 to 2^63 - 1 (default: %(default)s)")
-    parser.add_argument(
-        "--scorer",
-        default="auto",
-        choices=SCORER_CHOICES,
-        help="what ranks the candidates: clip (the model's scorer part), likelihood (of the prior), combined, none "
-        "(default: auto, the model's own choice)",
-    )
+    add_candidate_arguments(parser)
     add_sampling_arguments(parser)
+    add_editing_arguments(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--out", default="out", metavar="FOLDER", help="where images go (default: %(default)s)")
     output.add_argument("--all", action="store_true", help="save all candidates, not only the best -n")
@@ -274,8 +319,6 @@ def _parser() -> OneLineParser:
     output.add_argument(
         "--json", action="store_true", help="print one JSON object per image on stdout, and nothing else there"
     )
-    add_device_argument(parser)
-    add_precision_argument(parser)
     return parser
 
 

@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -43,6 +44,12 @@ class EditOptions(NamedTuple):
     """Vary: a random share of the codes is kept, in (0, 1)."""
     seam: Seam = "none"
     """Inpaint: how kept pixels join drawn ones; none, blend or reencode."""
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the user said anything of an edit."""
+        given = (self.init, self.mask, self.keep_rows, self.keep)
+        return any(option is not None for option in given) or self.seam != "none"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,6 +178,8 @@ def make_edit(
         raise UserError(f"seam is {options.seam!r}, expected one of {', '.join(get_args(Seam))}")
     if options.seam != "none" and options.mask is None:
         raise UserError(f"seam {options.seam} joins pixels at a mask: give a mask, or leave seam out")
+    if options.keep_rows is not None and not isinstance(options.keep_rows, Integral):
+        raise UserError(f"keep_rows is {options.keep_rows!r}, expected an integer")
     given = read_init(vae, size, options.init, on_note)
     codes, pixels = given.codes, given.pixels
     if options.keep is not None:

@@ -7,9 +7,10 @@ Legend: B images, I image tokens, h w code grid, H W image.
 """
 
 import itertools
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
 
@@ -22,7 +23,15 @@ from sampling.decode import sample_codes
 from sampling.editing import Seam, forced_codes
 from sampling.generated_image import GeneratedImage, PartialImage, ScorerName
 from sampling.image_edit import EditOptions, ImageSource, MaskSource, make_edit, read_init
-from sampling.outpainting import OUTPAINTING_STREAM, Margins, fill, new_canvas, plan_windows, window_known
+from sampling.outpainting import (
+    OUTPAINTING_STREAM,
+    Margins,
+    fill,
+    new_canvas,
+    parse_margins,
+    plan_windows,
+    window_known,
+)
 from sampling.request import Request
 from sampling.runner import PruneShares, RequestRunner, drawn_size
 from sampling.settings import SamplingSettings, SettingsOverrides, override
@@ -244,7 +253,7 @@ class Pipeline(RequestRunner):
         self,
         prompt: str,
         *,
-        axes: dict[str, Sequence[Any]],
+        axes: Mapping[str, Sequence[Any]],
         seed: int = 0,
         scorer: ScorerChoice = "auto",
         on_progress: Callable[[int, int], None] | None = None,
@@ -287,8 +296,9 @@ class Pipeline(RequestRunner):
         prompt: str,
         *,
         init: ImageSource,
-        margins: Margins,
+        margins: Margins | str,
         n: int = 1,
+        best_of: int | None = None,
         seed: int = 0,
         step: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
@@ -300,8 +310,10 @@ class Pipeline(RequestRunner):
         Args:
             prompt: what to draw.
             init: the given image.
-            margins: cells (of `vae.downsampling` pixels) to add on each side.
+            margins: cells (of `vae.downsampling` pixels) to add on each side, also as text: "right=4,bottom=2".
             n: images to return, >= 1, by index.
+            best_of: candidates in all, a multiple of n; None is n. Each image draws its share of them in each window,
+                and goes on with the one that makes the known codes of the window most likely.
             seed: from 0 to 2^63 - 1.
             step: new rows or columns per window; see `sampling.outpainting.plan_windows`.
             on_progress: called with image tokens of windows done and in all.
@@ -316,32 +328,40 @@ class Pipeline(RequestRunner):
         """
         layout, vae = self.prior.layout, self.vae
         grid = (layout.grid_height, layout.grid_width)
+        if isinstance(margins, str):
+            margins = parse_margins(margins)
         request = Request(
             prompt=self._cleaned(prompt, on_warning),
             seed=seed,
             n=n,
-            num_candidates=n,
+            num_candidates=n if best_of is None else best_of,
             settings=override(self.settings, settings),
         )
+        per_image = request.num_candidates // n
+        if per_image * n != request.num_candidates:
+            raise UserError(f"best_of is {best_of}, expected a multiple of n = {n}: each image has as many candidates")
         self._warn_of_guidance([request], on_warning)
         windows = plan_windows(grid, margins, step=step)
         given = read_init(vae, drawn_size(self.prior, vae), init, on_warning)
         canvas = new_canvas(given.codes.expand(n, -1, -1), margins)
-        text_ids = self.text_ids([request.prompt]).expand(n, -1)
+        count = request.num_candidates
+        text_ids = self.text_ids([request.prompt]).expand(count, -1)
         for number, window in enumerate(windows):
             sampled = sample_codes(
                 self.decoder,
                 text_ids,
                 settings=request.settings,
-                seeds=torch.full((n,), seed),
-                image_index=torch.arange(n),
-                forced=forced_codes(window_known(canvas, window)),
+                seeds=torch.full((count,), seed),
+                image_index=torch.arange(count),
+                forced=forced_codes([known for known in window_known(canvas, window) for _ in range(per_image)]),
                 stream=OUTPAINTING_STREAM + number,
                 max_rows=self.max_rows,
             )
-            canvas = fill(canvas, window, sampled.codes.cpu().reshape(n, *grid))
+            fits = sampled.context_log_likelihood.reshape(n, per_image).argmax(dim=1)  # [n]
+            chosen = sampled.codes.reshape(n, per_image, *grid)[torch.arange(n), fits]
+            canvas = fill(canvas, window, chosen.cpu())
             if on_progress is not None:
-                on_progress((number + 1) * n * layout.image_len, len(windows) * n * layout.image_len)
+                on_progress((number + 1) * count * layout.image_len, len(windows) * count * layout.image_len)
         pixels = self.decode(canvas.codes)  # uint8 [n, 3, H', W']
         return [
             GeneratedImage(
@@ -351,8 +371,8 @@ class Pipeline(RequestRunner):
                 seed=seed,
                 image_index=index,
                 rank=index,
-                candidates=n,
-                scorer=None,
+                candidates=per_image,
+                scorer=None if per_image == 1 else "context",
                 scores={},
                 settings=request.settings,
                 model_sha256=self.model_sha256,
@@ -402,16 +422,21 @@ class Pipeline(RequestRunner):
         edit_options = EditOptions(**{name: given.pop(name) for name in EditOptions._fields if name in given})
         settings = override(self.settings, given)  # type: ignore[arg-type]
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        seeds = list(seed) if isinstance(seed, Iterable) else [seed] * len(prompts)
         if len(seeds) != len(prompts):
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts, expected one seed, or one per prompt")
         if not 0 < pruning.keep <= 1 or not 0 < pruning.after < 1:
             raise UserError(
                 f"prune_keep is {pruning.keep} and prune_after {pruning.after}, expected shares in (0, 1] and (0, 1)"
             )
-        asked = Request(prompt="", n=n, num_candidates=n if best_of is None else best_of, settings=settings)
+        asked = Request(prompt="", seed=0, n=n, num_candidates=n if best_of is None else best_of, settings=settings)
+        if math.ceil(pruning.keep * asked.num_candidates) < n:
+            raise UserError(
+                f"prune_keep {pruning.keep} leaves {math.ceil(pruning.keep * asked.num_candidates)} of "
+                f"{asked.num_candidates} candidates, expected at least n = {n}"
+            )
         edit = None
-        if edit_options != EditOptions():
+        if edit_options.is_asked:
             edit = make_edit(self.vae, drawn_size(self.prior, self.vae), edit_options, on_warning)
         requests = [
             Request(

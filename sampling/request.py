@@ -1,6 +1,7 @@
 """What is asked of the pipeline: one prompt, how many images of it, and how to draw them."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
 from sampling.image_edit import ImageEdit
 from sampling.random_stream import check_seed
@@ -26,6 +27,9 @@ class Request:
     """The image that is edited; None draws a new one."""
 
     def __post_init__(self) -> None:
+        for name, value in (("seed", self.seed), ("n", self.n), ("best_of", self.num_candidates)):
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise UserError(f"{name} is {value!r}, expected an integer")
         check_seed(self.seed)
         if self.n < 1:
             raise UserError(f"n is {self.n}, expected at least 1")

@@ -51,6 +51,22 @@ class _Chunk(NamedTuple):
     image_index: range
 
 
+def score_names(request: Request, scorer: ScorerName | None, *, has_scorer: bool) -> list[str]:
+    """What is known of each candidate of a request, whatever is drawn beside it.
+
+    Args:
+        request: what was asked for.
+        scorer: what ranks its candidates.
+        has_scorer: whether the model has a scorer part.
+    """
+    names = ["clip"] if has_scorer and scorer in ("clip", "combined") else []
+    if request.settings.guided or scorer in ("likelihood", "combined"):
+        names.append("likelihood")  # with guidance it costs nothing: keep it whatever ranks
+    if request.edit is not None:
+        names.append("context")
+    return names
+
+
 def drawn_size(prior: Prior, vae: DiscreteVAE) -> tuple[int, int]:
     """(height, width) in pixels of the images that a dVAE makes of a prior's codes."""
     return prior.layout.grid_height * vae.downsampling, prior.layout.grid_width * vae.downsampling
@@ -164,6 +180,7 @@ class RequestRunner:
             places = [chunk.place for chunk in chunks for _ in chunk.image_index]
             image_index = [index for chunk in chunks for index in chunk.image_index]
             own = [requests[place] for place in places]
+            num_tokens = [0] * len(own)
             steps = sample_steps(
                 self.decoder,
                 text_ids[places],
@@ -181,8 +198,10 @@ class RequestRunner:
                     except StopIteration as end:
                         sampled: Sampled = end.value
                         break
+                    for image in step.images:  # those known for a stretch begin later, in a micro-batch of their own
+                        num_tokens[image] = step.position + 1
                     if on_progress is not None:
-                        on_progress(num_before * image_len + len(own) * (step.position + 1), total * image_len)
+                        on_progress(num_before * image_len + sum(num_tokens), total * image_len)
                     if every is not None and (step.position + 1) % every == 0 and step.position + 1 < image_len:
                         yield from self._partial(own, image_index, step.images, step.codes, step.position + 1)
                 scores = self._scores(sampled, own, text_ids[places], scorer)
@@ -190,6 +209,8 @@ class RequestRunner:
                 interrupted = True
                 break
             num_before += len(own)
+            if on_progress is not None and sum(num_tokens) < len(own) * image_len:  # some were given up
+                on_progress(num_before * image_len, total * image_len)
             finished = sampled.is_finished.cpu()
             for chunk in chunks:
                 rows = torch.tensor([place == chunk.place for place in places])
@@ -197,7 +218,10 @@ class RequestRunner:
                 collected[chunk.place].add(
                     [image_index[row] for row in here.tolist()],
                     sampled.codes.cpu()[here],
-                    {name: values[here] for name, values in scores.items()},
+                    {
+                        name: scores[name][here]
+                        for name in score_names(requests[chunk.place], scorer, has_scorer=self.scorer is not None)
+                    },
                     num_drawn=len(chunk.image_index),
                 )
             while num_yielded < len(requests) and collected[num_yielded].is_complete:
@@ -249,8 +273,8 @@ class RequestRunner:
     def _scores(
         self, sampled: Sampled, requests: Sequence[Request], text_ids: Tensor, scorer: ScorerName | None
     ) -> dict[str, Tensor]:
-        """What is needed to rank candidates: float [B] by scorer; of those given up, whatever."""
-        scores: dict[str, Tensor] = {}
+        """What is needed to rank candidates: float [B] by scorer; where a request has no use for it, whatever."""
+        scores: dict[str, Tensor] = {"context": sampled.context_log_likelihood.cpu()}
         if scorer in ("clip", "combined") and self.scorer is not None:
             images = torch.cat(
                 [
@@ -259,16 +283,13 @@ class RequestRunner:
                 ]
             )
             scores["clip"] = self.score(images, [request.prompt for request in requests])
-        ratio = sampled.log_ratio.to("cpu", copy=True)  # with guidance it costs nothing: keep it whatever ranks
+        ratio = sampled.log_ratio.to("cpu", copy=True)
         is_missing = ratio.isnan()
         if bool(is_missing.any()) and scorer in ("likelihood", "combined"):
             with autocast(self.precision, self.device):
                 found = likelihood_ratio(self.prior, sampled.codes[is_missing], text_ids[is_missing])
             ratio[is_missing] = found.cpu()
-        if not bool(ratio.isnan().all()):
-            scores["likelihood"] = ratio
-        if any(request.edit is not None for request in requests):
-            scores["context"] = sampled.context_log_likelihood.cpu()
+        scores["likelihood"] = ratio
         return scores
 
     def _images(self, candidates: Candidates, scorer: ScorerName | None) -> list[GeneratedImage]:

@@ -34,8 +34,10 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
         return code
     except UserError as error:
         return _complain(str(error), EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        return _complain("interrupted; run the same command again to go on from here", EXIT_INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        return _complain(
+            f"interrupted; {str(stop) or 'run the same command again to go on from here'}", EXIT_INTERRUPTED
+        )
     except BrokenPipeError:
         # Python would flush stdout once more at exit and print a second error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
