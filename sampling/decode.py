@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sampling.graph import step_on_device
+from sampling.jacobi import WINDOWS, jacobi_steps
 from sampling.random_stream import uniforms
 from sampling.settings import SamplingSettings
 from sampling.step import Filters, Forced, State, advance, choose
@@ -77,6 +78,7 @@ def sample_codes(
     forced: Forced | None = None,
     stream: int = 0,
     pruning: Pruning | None = None,
+    speculate: bool = True,
     max_rows: int | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Sampled:
@@ -100,6 +102,7 @@ def sample_codes(
         forced=forced,
         stream=stream,
         pruning=pruning,
+        speculate=speculate,
         max_rows=max_rows,
     )
     while True:
@@ -122,6 +125,7 @@ def sample_steps(
     forced: Forced | None = None,
     stream: int = 0,
     pruning: Pruning | None = None,
+    speculate: bool = True,
     max_rows: int | None = None,
 ) -> Generator[Step, None, Sampled]:
     """Draw the codes of B images, position by position.
@@ -136,6 +140,8 @@ def sample_steps(
         stream: which of an image's random streams to draw from; see `sampling.random_stream.uniforms`.
         pruning: when to give up candidates; those of one group and micro-batch are compared by log p(codes | text) of
             the codes so far, less log p(codes) where they are guided. None finishes all.
+        speculate: whether an image that is decoded alone on a CPU may take several positions in one forward; its codes
+            are the same, see `sampling.jacobi`.
         max_rows: most rows in one forward, >= 1 (guidance takes two rows per image); None takes `rows_that_fit`.
 
     Yields:
@@ -185,7 +191,7 @@ def sample_steps(
             start=known_at_start[images[0]],
             groups=None if pruning is None else pruning.groups.to(device)[index],
         )
-        sampled = yield from _sample(decoder, part, pruning)
+        sampled = yield from _sample(decoder, part, pruning, speculate=speculate)
         for whole, own in zip(result, sampled, strict=True):
             whole[index] = own
     if not bool(result.log_likelihood.isfinite().all()):
@@ -243,9 +249,12 @@ def _micro_batches(
     return batches
 
 
-def _sample(decoder: Decoder, part: _MicroBatch, pruning: Pruning | None) -> Generator[Step, None, Sampled]:
+def _sample(
+    decoder: Decoder, part: _MicroBatch, pruning: Pruning | None, *, speculate: bool
+) -> Generator[Step, None, Sampled]:
     """Decode one micro-batch of R images."""
     image_len, device = decoder.layout.image_len, part.draws.device
+    is_alone = speculate and len(part.images) == 1 and device.type == "cpu"
     state = _prefill(decoder, part)
     codes, log_probabilities = (
         torch.empty_like(state.codes),
@@ -261,7 +270,10 @@ def _sample(decoder: Decoder, part: _MicroBatch, pruning: Pruning | None) -> Gen
     give_up_after = -1 if pruning is None else max(part.start, round(pruning.after * image_len) - 1)
     on_device = _reads_position_on_device(decoder)
     step = step_on_device(decoder, state, part.start) if on_device else None
-    for position in range(part.start, image_len):
+    if is_alone:
+        for position in jacobi_steps(decoder, state, part.start):
+            yield Step(part.images, position, state.codes)
+    for position in () if is_alone else range(part.start, image_len):
         if position + 1 == image_len:
             choose(state, position)
         elif step is not None:
@@ -308,7 +320,8 @@ def _prefill(decoder: Decoder, part: _MicroBatch) -> State:
     without_prompt[:, : layout.text_len] = decoder.null_text_ids()
     prompts, row_prompt = torch.unique(torch.cat([known, without_prompt]), dim=0, return_inverse=True)  # [P, ...], [S]
     text_ids, first_codes = prompts.split([layout.text_len, start], dim=1)
-    cache = decoder.new_cache(len(prompts))
+    # Also for images that are not alone: in a cache of another size keys stand, and are added up, in another order.
+    cache = decoder.new_cache(len(prompts), spare=WINDOWS[-1] - 1 if device.type == "cpu" else 0)
     logits = decoder.prefill(text_ids, cache, first_codes)  # [P, start + 1, K]
     log_probabilities = logits.new_zeros(len(row_prompt), layout.image_len)  # [S, I]
     if start:

@@ -87,6 +87,8 @@ class RequestRunner:
 
     Attributes:
         max_rows: most rows of one forward of the prior; guidance takes two for an image.
+        speculate: whether an image that is decoded alone on a CPU may take several positions in one forward; its codes
+            are the same, see `sampling.jacobi`.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class RequestRunner:
         self.device = next(prior.parameters()).device
         self.decoder = Decoder(prior, weights=weights, row_independent=deterministic or self.device.type == "cpu")
         self.max_rows = rows_that_fit(self.decoder)
+        self.speculate = True
 
     def text_ids(self, prompts: Sequence[str]) -> Tensor:
         """Token ids int64 [len(prompts), T] of prompts, cut to the prior's text length."""
@@ -189,6 +192,7 @@ class RequestRunner:
                 image_index=torch.tensor(image_index),
                 forced=self._forced(own, image_index),
                 pruning=None if pruning.keep == 1 else Pruning(torch.tensor(places), pruning.after, pruning.keep),
+                speculate=self.speculate,
                 max_rows=self.max_rows,
             )
             try:

@@ -78,6 +78,7 @@ class KVCache:
         head_dim: int,
         device: torch.device,
         dtype: torch.dtype,
+        spare: int = 0,
     ) -> "KVCache":
         """A cache of zeros.
 
@@ -88,9 +89,10 @@ class KVCache:
             head_dim: D, channels of a head.
             device: where it lies.
             dtype: of keys and values.
+            spare: how many positions may be stored ahead of the one that attends.
         """
         layers = []
-        for layout in map(CacheLayout, masks):
+        for layout in (CacheLayout(mask, spare) for mask in masks):
             shape = (2, batch_size, heads, layout.num_slots, head_dim)
             keys, values = torch.zeros(shape, device=device, dtype=dtype).unbind(0)
             layers.append(LayerCache(keys, values, layout))

@@ -2,7 +2,8 @@
 
 Text comes first, a slot for each position. Behind it lies the image:
 
-    row, conv   in a ring of as many slots as the mask reaches back, and one: position i in slot i modulo their number
+    row, conv   in a ring of as many slots as the mask reaches back, and one: position i in slot i modulo their number;
+                with a few to spare where positions are stored ahead, for these must not cover what is still in reach
     column      column by column
     full        in raster order
 
@@ -31,14 +32,18 @@ class CacheLayout:
 
     Args:
         mask: the layer's mask.
+        spare: how many positions may be stored ahead of the one that attends.
     """
 
     mask: AttentionMask
+    spare: int = 0
 
     @property
     def image_slots(self) -> int:
         """Slots for image positions."""
-        return self.mask.reach + 1 if self.mask.kind in ("row", "conv") else self.mask.image_len
+        if self.mask.kind not in ("row", "conv"):
+            return self.mask.image_len
+        return min(self.mask.reach + 1 + self.spare, self.mask.image_len)
 
     @property
     def num_slots(self) -> int:

@@ -113,9 +113,9 @@ class Decoder:
         self._where = where.flatten(0, 1).to(self.dtype)  # [I, C]
         self._text_vectors = prior.text_embedding.weight.to(self.dtype, copy=True)
 
-    def new_cache(self, rows: int) -> KVCache:
-        """An empty cache for so many rows."""
-        return self._empty_cache(rows, self.device)
+    def new_cache(self, rows: int, *, spare: int = 0) -> KVCache:
+        """An empty cache for so many rows; `decode_window` needs one position to spare for each of its drafts."""
+        return self._empty_cache(rows, self.device, spare)
 
     @property
     def cache_bytes_per_row(self) -> int:
@@ -193,6 +193,44 @@ class Decoder:
             x = x + self._mlp(x, layer)
         return self._logits(x)
 
+    @torch.inference_mode()
+    def decode_window(self, codes: Tensor, position: int, cache: KVCache) -> Tensor:
+        """`decode` for several positions in a row: one pass over the weights, and the same logits bit for bit.
+
+        Args:
+            codes: int64 [R, W], those at position .. position + W - 1.
+            position: 0-based place of the first of them; position + W < I.
+            cache: of W - 1 positions to spare; holds the text and all codes before `position`. What is stored of drafts
+                that prove wrong is stored again by the pass that knows better.
+
+        Returns:
+            Logits float32 [R, W, K] of position + 1 .. position + W.
+        """
+        width, place = codes.shape[1], position + self.layout.text_len
+        x = F.embedding(codes, self._code_vectors) + self._where[position : position + width]  # [R, W, C]
+        turn = self._gains[:, None] * self._cos[place : place + width, None]  # [L, W, H + Hkv, D]
+        cross = self._rolled_gains[:, None] * self._sin[place : place + width, None]
+        for layer, own_turn, own_cross, layer_cache in zip(
+            self._layers, turn.unbind(), cross.unbind(), cache.layers, strict=True
+        ):
+            query, key, value = self._queries_keys_values(x, layer, own_turn, own_cross)  # [R, W, heads, D]
+            # One position after the other, as `decode` has it: their keys differ in number, and sums in rounding.
+            attended = [
+                attend_to_cache(
+                    query[:, offset, :, None],
+                    key[:, offset, :, None],
+                    value[:, offset, :, None],
+                    layer_cache,
+                    place + offset,
+                    backend=self.attention_backend,
+                    scale=1.0,
+                )
+                for offset in range(width)
+            ]
+            x = x + _on_rows(layer.project, torch.stack(attended, dim=1).view(x.shape))
+            x = x + self._mlp(x, layer)
+        return self._logits(x)
+
     def _prefill(self, x: Tensor, cache: KVCache) -> Tensor:
         """x [P, T + n, C] to logits [P, n + 1, K]."""
         length = x.shape[1]
@@ -225,7 +263,7 @@ class Decoder:
     def _logits(self, x: Tensor) -> Tensor:
         return _on_rows(self._head, F.layer_norm(x, (self.dim,))).float()
 
-    def _empty_cache(self, rows: int, device: torch.device) -> KVCache:
+    def _empty_cache(self, rows: int, device: torch.device, spare: int = 0) -> KVCache:
         return KVCache.empty(
             masks=self.masks,
             batch_size=rows,
@@ -233,6 +271,7 @@ class Decoder:
             head_dim=self.head_dim,
             device=device,
             dtype=self.dtype,
+            spare=spare,
         )
 
 

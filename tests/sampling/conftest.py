@@ -149,6 +149,7 @@ def count_decode_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[..., DecodeC
     """Spy on a pipeline's decoder; the second argument, if given, is called with the number of each call."""
 
     def spy(pipeline: Pipeline, on_call: Callable[[int], None] = lambda number: None) -> DecodeCalls:
+        monkeypatch.setattr(pipeline, "speculate", False)  # one call for each position
         return DecodeCalls(monkeypatch, pipeline, on_call)
 
     return spy
