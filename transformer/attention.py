@@ -244,11 +244,18 @@ def attend_to_cache(
     if isinstance(position, Tensor):
         raise ValueError("a position on the device is read by backend triton only; give it as a number")
     cache.write(position, key, value)
+    if chosen == "matmul":
+        return attend_to_stored(query, cache, position, scale=scale)
     visible = cache.layout.visible(position, query.device)
     keys, values = cache.keys[:, :, visible].to(key.dtype), cache.values[:, :, visible].to(value.dtype)
-    if chosen == "matmul":
-        return _one_position(query, keys, values, scale)
     return F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=query.shape[1] != keys.shape[1])
+
+
+def attend_to_stored(query: Tensor, cache: LayerCache, position: int, *, scale: float | None = None) -> Tensor:
+    """Attention of one position, query [B, H, 1, D], to what the cache holds of all that it sees, itself included."""
+    visible = cache.layout.visible(position, query.device)
+    keys, values = cache.keys[:, :, visible].to(query.dtype), cache.values[:, :, visible].to(query.dtype)
+    return _one_position(query, keys, values, scale)
 
 
 def _one_position(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from transformer.attention import Backend, attend_to_cache, attention
+from transformer.attention import Backend, attend_to_cache, attend_to_stored, attention
 from transformer.cache import KVCache
 from transformer.frozen_linear import FrozenLinear, Storage
 from transformer.masks import AttentionMask
@@ -195,7 +195,7 @@ class Decoder:
 
     @torch.inference_mode()
     def decode_window(self, codes: Tensor, position: int, cache: KVCache) -> Tensor:
-        """`decode` for several positions in a row: one pass over the weights, and the same logits bit for bit.
+        """`decode` for several positions in a row, on a CPU: one pass over the weights, the same logits bit for bit.
 
         Args:
             codes: int64 [R, W], those at position .. position + W - 1.
@@ -214,17 +214,10 @@ class Decoder:
             self._layers, turn.unbind(), cross.unbind(), cache.layers, strict=True
         ):
             query, key, value = self._queries_keys_values(x, layer, own_turn, own_cross)  # [R, W, heads, D]
+            layer_cache.write(place, key.transpose(1, 2), value.transpose(1, 2))
             # One position after the other, as `decode` has it: their keys differ in number, and sums in rounding.
             attended = [
-                attend_to_cache(
-                    query[:, offset, :, None],
-                    key[:, offset, :, None],
-                    value[:, offset, :, None],
-                    layer_cache,
-                    place + offset,
-                    backend=self.attention_backend,
-                    scale=1.0,
-                )
+                attend_to_stored(query[:, offset, :, None], layer_cache, place + offset, scale=1.0)
                 for offset in range(width)
             ]
             x = x + _on_rows(layer.project, torch.stack(attended, dim=1).view(x.shape))
