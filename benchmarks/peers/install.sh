@@ -1,5 +1,6 @@
 #!/bin/sh
-# Installs dalle-pytorch 1.6.6, whose DiscreteVAE is the peer of benchmarks/tokenizer.py, into an environment of its own:
+# Installs the peers of benchmarks/tokenizer.py and benchmarks/sampling.py into an environment of their own:
+# dalle-pytorch 1.6.6, and transformers 5.23.0, which it depends on in any version.
 #   benchmarks/peers/install.sh [DIR]        (default: .venv-peers)
 # PYTHON names the interpreter that makes it (default: .venv/bin/python where there is one, else python3). If that one has
 # torch, the peer gets the same version, so that both sides of a comparison run on the same kernels.
@@ -22,6 +23,8 @@ $install "setuptools<81" wheel Cython
 $install "$torch" torchvision "setuptools<81"
 # its source distribution imports Cython without declaring it
 $install --no-build-isolation youtokentome==1.0.6
-$install --no-build-isolation dalle-pytorch==1.6.6 "$torch" "setuptools<81"
+$install --no-build-isolation dalle-pytorch==1.6.6 transformers==5.23.0 "$torch" "setuptools<81"
 
-"$directory/bin/python" -W ignore "$here/dalle_pytorch_vae.py" --check
+for script in dalle_pytorch_vae dalle_pytorch_prior llama_prior; do
+    "$directory/bin/python" -W ignore "$here/$script.py" --check
+done
