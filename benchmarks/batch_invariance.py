@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -74,14 +75,14 @@ def main(argv: Sequence[str]) -> int:
     """Draws, compares and writes one row for each batch size; 1 if an image differs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.batch_invariance", description=CLAIM)
     parser.add_argument("--quick", action="store_true", help="24 images of 8x8 codes")
+    parser.add_argument("--weights", nargs="+", default=["fp32"], choices=get_args(Storage), help="how they are stored")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/batch_invariance.json"))
     arguments = parser.parse_args(argv)
     count = 24 if arguments.quick else 200
     shape = Shape(grid=8) if arguments.quick else Shape()
     prior = build_prior(shape._asdict(), attention=("row", "column", "full", "conv"))
     rows, differing = [], {}
-    storages: tuple[Storage, ...] = ("fp32", "bf16", "int8")
-    for storage in storages:
+    for storage in arguments.weights:
         requests = Requests(Decoder(prior, weights=storage), count)
         alone = [requests.draw([image]) for image in range(count)]
         for batch in _BATCHES:

@@ -134,7 +134,7 @@ def _check_dry_run(bench: GpuBench, sections: Sequence[Section]) -> None:
         assert row.value == row.value and (row.ratio is None or row.ratio > 0), f"no figure: {row}"
         # on a CPU rows are independent, and int8 and bf16 differ from fp32 by rounding alone
         is_check = "share of" in row.unit or "relative error" in row.name
-        assert not is_check or row.holds in (True, None), f"a check failed: {row}"
+        assert not is_check or row.holds in (True, None), f"a check failed: {row}; {stored['raw'].get('mixes')}"
     if "latency" in sections:
         cells = [cell for of_grid in stored["raw"]["latency"].values() for cell in of_grid.values()]
         assert len(cells) == len(DRY.grids) * len(PATTERNS)

@@ -57,8 +57,8 @@ def _graphs_equal_eager(bench: Bench, scale: Scale, prior: Prior, storage: Stora
             shares.append(_share_of_equal(by_graph, _sample(twin, texts, settings, seed, forced=kept)))
         other_seed.append(_share_of_equal(by_graph, _sample(decoder, texts, settings, seed + 9, forced=kept)))
     assert max(other_seed) < 1, "another seed gave the same codes: the comparison says nothing"
-    unit = f"share of {len(shares) * given.numel()} codes"
-    row = Row(f"{storage}: a CUDA graph draws what the eager loop draws", _mean(shares), unit, "", None, 1.0)
+    share, unit = sum(shares) / len(shares), f"share of {len(shares) * given.numel()} codes"
+    row = Row(f"{storage}: a CUDA graph draws what the eager loop draws", share, unit, "", None, 1.0)
     bench.stores([row], "graph", storage, raw={"equal": shares, "with another seed": other_seed})
 
 
@@ -123,23 +123,21 @@ def _alone_and_mixed(bench: Bench, scale: Scale, prior: Prior, storage: Storage,
 
     # those of one kind after the other, so that few graphs are captured
     alone = {image: draw([image]) for image in sorted(range(prompts), key=lambda image: image % len(_MIXED))}
-    same: dict[int, list[bool]] = {size: [] for size in _MIX_SIZES}
+    drawn, different = 0, []
     for size in _MIX_SIZES:
         for images in torch.randperm(prompts).split(size):
             mixed = draw(images.tolist())
+            drawn += len(images)
             for row, image in enumerate(images.tolist()):
-                one = alone[image]
-                equal = torch.equal(mixed.codes[row], one.codes[0])
-                same[size].append(equal and bool(mixed.log_likelihood[row] == one.log_likelihood[0]))
-    shares = {size: _mean(held) for size, held in same.items()}
-    name = (
-        f"{storage}: images with the same codes and likelihood alone and in mixes of {', '.join(map(str, _MIX_SIZES))}"
-    )
-    unit = f"share of {sum(map(len, same.values()))} images"
+                equal = torch.equal(mixed.codes[row], alone[image].codes[0])
+                if not equal or bool(mixed.log_likelihood[row] != alone[image].log_likelihood[0]):
+                    different.append({"image": image, "beside": images.tolist(), "same codes": equal})
     mode = "deterministic mode" if row_independent else "without it"
     goal = 1.0 if row_independent else None
-    row = Row(f"{mode}, {name}", _mean([held for each in same.values() for held in each]), unit, "", None, goal)
-    bench.stores([row], "mixes", f"{storage}, {mode}", raw=shares)
+    sizes = ", ".join(map(str, _MIX_SIZES))
+    name = f"{mode}, {storage}: images with the same codes and likelihood alone and in mixes of {sizes}"
+    row = Row(name, 1 - len(different) / drawn, f"share of {drawn} images", "", None, goal)
+    bench.stores([row], "mixes", f"{storage}, {mode}", raw={"drawn": drawn, "different": different})
 
 
 def _sample(
@@ -158,7 +156,3 @@ def _share_of_equal(one: Sampled, other: Sampled) -> float:
     """How many codes are the same; 0 where the codes are and their likelihoods are not."""
     share = float((one.codes == other.codes).float().mean())
     return 0.0 if share == 1 and not torch.equal(one.log_likelihood, other.log_likelihood) else share
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -19,6 +19,7 @@ from scorer.model import ClipScorer
 from tessera.precision import autocast, describe_hardware, resolve_device, resolve_precision
 from tessera.training.memory import reuse_freed_memory
 from tessera.training.optim import build_optimizer
+from transformer.decoder import Decoder
 from transformer.lit import prior_loss
 from transformer.model import Prior
 
@@ -108,16 +109,16 @@ def _prior_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> tuple[floa
         budget=0.7 * budget,
     )
 
-    model.eval()
-    cache = model.new_cache(_DRAWN_TOGETHER)
+    decoder = Decoder(model.eval(), weights=precision.name)
+    cache = decoder.new_cache(_DRAWN_TOGETHER)
     drawn = torch.zeros(_DRAWN_TOGETHER, dtype=torch.int64, device=device)
-    model.prefill(text_ids[:1].expand(_DRAWN_TOGETHER, -1), cache)
+    decoder.prefill(text_ids[:1].expand(_DRAWN_TOGETHER, -1), cache)
     # attention to half of the image is the average over all positions
     half = min(layout.image_len // 2, layout.image_len - 2)
 
     def draw() -> None:
         # as much work as the sampler's choice of a code
-        model.decode(drawn, half, cache).softmax(dim=1).double().cumsum(dim=1)
+        decoder.decode(drawn, half, cache).softmax(dim=1).double().cumsum(dim=1)
 
     token_seconds = median_seconds(draw, device, budget=0.2 * budget) / _DRAWN_TOGETHER
     vae = DiscreteVAE(plan.dvae.model).eval().to(device)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sampling.graph import step_on_device
+from sampling.graph import StepOnDevice, step_on_device
 from sampling.jacobi import WINDOWS, jacobi_steps
 from sampling.random_stream import uniforms
 from sampling.settings import SamplingSettings
@@ -28,6 +28,7 @@ from transformer.decoder import Decoder
 
 MAX_ROWS_CPU = 256  # beyond it cache and logits grow, and speed no longer does
 MAX_ROWS_GPU = 1024
+DETERMINISTIC_ROWS = 32
 CACHE_SHARE = 8  # the cache of one forward takes at most one part in so many of the memory
 
 
@@ -50,7 +51,7 @@ class Step(NamedTuple):
     position: int
     """The image position just filled, from 0."""
     codes: Tensor
-    """int64 [R, I], filled up to and including `position`; to be read, not written."""
+    """int64 [R, I], filled up to and including `position`; to be read, and copied by who wants to keep it."""
 
 
 class Sampled(NamedTuple):
@@ -176,8 +177,8 @@ def sample_steps(
         context_log_likelihood=torch.zeros(batch_size, dtype=torch.float64, device=device),
         is_finished=torch.ones(batch_size, dtype=torch.bool, device=device),
     )
-    has_fixed_rows = decoder.row_independent and device.type != "cpu"
-    for images in _micro_batches(each, known_at_start, max_rows, has_fixed_rows=has_fixed_rows):
+    is_fixed = has_fixed_rows(decoder)
+    for images in _micro_batches(each, known_at_start, max_rows, is_fixed=is_fixed):
         index = torch.tensor(images, device=device)
         part = _MicroBatch(
             images=tuple(images),
@@ -185,7 +186,7 @@ def sample_steps(
             text_ids=text_ids[index],
             draws=draws[index],
             settings=[each[image] for image in images],
-            guided=[row for row, image in enumerate(images) if has_fixed_rows or each[image].guided],
+            guided=[row for row, image in enumerate(images) if is_fixed or each[image].guided],
             weights=torch.stack([weights[each[image]] for image in images]),
             forced=None if forced is None else Forced(forced.codes[index], forced.mask[index]),
             start=known_at_start[images[0]],
@@ -203,12 +204,22 @@ def sample_steps(
 
 
 def rows_that_fit(decoder: Decoder) -> int:
-    """How many rows one forward should hold: enough to keep the hardware busy, bounded by the memory of the cache."""
+    """How many rows one forward should hold: enough to keep the hardware busy, bounded by the memory of the cache.
+
+    Where every forward has to have the same number of rows, on any GPU, it is `DETERMINISTIC_ROWS`.
+    """
+    if has_fixed_rows(decoder):
+        return DETERMINISTIC_ROWS
     if decoder.device.type == "cuda":
         memory_bytes, most = torch.cuda.get_device_properties(decoder.device).total_memory, MAX_ROWS_GPU
     else:
         memory_bytes, most = usable_memory_bytes(), MAX_ROWS_CPU
     return max(2, min(most, memory_bytes // CACHE_SHARE // decoder.cache_bytes_per_row))
+
+
+def has_fixed_rows(decoder: Decoder) -> bool:
+    """Whether forwards are filled up to one number of rows: GPUs, unlike our CPU path, round by it."""
+    return decoder.row_independent and decoder.device.type != "cpu"
 
 
 class _MicroBatch(NamedTuple):
@@ -227,14 +238,14 @@ class _MicroBatch(NamedTuple):
 
 
 def _micro_batches(
-    settings: Sequence[SamplingSettings], known_at_start: Sequence[int], max_rows: int, *, has_fixed_rows: bool
+    settings: Sequence[SamplingSettings], known_at_start: Sequence[int], max_rows: int, *, is_fixed: bool
 ) -> list[list[int]]:
     """Images that are decoded together: as many as fit, with equally many codes known at the start.
 
     Where the loop begins is then a matter of the image alone, and so is every rounding error. Libraries for GPUs choose
-    their kernels by the number of rows: with `has_fixed_rows` every batch is filled up, with repetitions of its first.
+    their kernels by the number of rows: with `is_fixed` every batch is filled up, with repetitions of its first.
     """
-    rows_of = [2 if setting.guided or has_fixed_rows else 1 for setting in settings]
+    rows_of = [2 if setting.guided or is_fixed else 1 for setting in settings]
     batches: list[list[int]] = []
     rows, before = 0, -1
     for image in sorted(range(len(settings)), key=lambda image: known_at_start[image]):  # stable
@@ -243,7 +254,7 @@ def _micro_batches(
             rows = 0
         batches[-1].append(image)
         rows, before = rows + rows_of[image], known_at_start[image]
-    if has_fixed_rows:
+    if is_fixed:
         for batch in batches:
             batch.extend([batch[0]] * (max(1, max_rows // 2) - len(batch)))
     return batches
@@ -267,32 +278,37 @@ def _sample(
         log_probabilities[0, left] = state.log_probabilities[: len(left)]
         log_probabilities[1, left[state.guided]] = state.log_probabilities[len(left) :]
 
-    give_up_after = -1 if pruning is None else max(part.start, round(pruning.after * image_len) - 1)
-    on_device = _reads_position_on_device(decoder)
-    step = step_on_device(decoder, state, part.start) if on_device else None
-    if is_alone:
-        for position in jacobi_steps(decoder, state, part.start):
-            yield Step(part.images, position, state.codes)
-    for position in () if is_alone else range(part.start, image_len):
-        if position + 1 == image_len:
-            choose(state, position)
-        elif step is not None:
-            step()
-            state = step.state
-        else:
-            choose(state, position)
-            advance(decoder, state, position)
-        if len(left) == len(part.images):
-            yield Step(part.images[: part.num_images], position, state.codes[: part.num_images])
-        else:
-            yield Step(tuple(part.images[row] for row in left.tolist()), position, state.codes)
-        if position == give_up_after and pruning is not None:
-            keep_figures()
-            assert part.groups is not None
-            best = _best(state, part.groups[left], pruning.keep)
-            if len(best) < len(left):
-                state, left = state.select(best), left[best]
-                step = step_on_device(decoder, state, position + 1) if on_device else None
+    give_up_after = -1  # never
+    if pruning is not None:
+        give_up_after = min(max(part.start, round(pruning.after * image_len) - 1), image_len - 2)
+    step = _captured(decoder, state, part.start)
+    try:
+        if is_alone:
+            for position in jacobi_steps(decoder, state, part.start):
+                yield Step(part.images, position, state.codes)
+        for position in () if is_alone else range(part.start, image_len):
+            if position + 1 == image_len:
+                choose(state, position)
+            elif step is not None:
+                step()
+                state = step.state
+            else:
+                choose(state, position)
+                advance(decoder, state, position)
+            if len(left) == len(part.images):
+                yield Step(part.images[: part.num_images], position, state.codes[: part.num_images])
+            else:
+                yield Step(tuple(part.images[row] for row in left.tolist()), position, state.codes)
+            if position == give_up_after and pruning is not None:
+                keep_figures()
+                assert part.groups is not None
+                best = _best(state, part.groups[left], pruning.keep)
+                if len(best) < len(left):
+                    state, left = state.select(best), left[best]
+                    _release(step)
+                    step = _captured(decoder, state, position + 1)
+    finally:
+        _release(step)
     keep_figures()
     is_guided = torch.tensor([setting.guided for setting in part.settings], device=device)
     conditional, unconditional = log_probabilities.double()  # [R, I] each
@@ -355,11 +371,23 @@ def _best(state: State, groups: Tensor, keep: float) -> Tensor:
     return torch.cat(kept).sort().values
 
 
-def _reads_position_on_device(decoder: Decoder) -> bool:
+def _captured(decoder: Decoder, state: State, position: int) -> StepOnDevice | None:
+    """The loop's step as a CUDA graph, where the position can be read on the device and a forward is left to do."""
+    if decoder.device.type != "cuda" or position + 1 >= decoder.layout.image_len:
+        return None
     backend = choose_decode_backend(
         device=decoder.device, head_dim=decoder.head_dim, dtype=decoder.dtype, backend=decoder.attention_backend
     )
-    return decoder.device.type == "cuda" and backend == "triton"
+    if backend != "triton":
+        return None
+    step = step_on_device(decoder, state, position)
+    step.in_use = True
+    return step
+
+
+def _release(step: StepOnDevice | None) -> None:
+    if step is not None:
+        step.in_use = False
 
 
 def _check_inputs(
@@ -388,7 +416,7 @@ def _check_inputs(
             raise UserError(
                 f"pruning keeps {pruning.keep} after {pruning.after} of the image, expected shares in (0, 1] and (0, 1)"
             )
-        if decoder.row_independent and decoder.device.type != "cpu":
+        if has_fixed_rows(decoder):
             raise UserError(
                 "pruning changes the number of rows, on which rounding depends on a GPU: choose one of both"
             )

@@ -55,7 +55,7 @@ _EXCLUDES = {
     "--keep": ("--outpaint",),
     "--outpaint": ("--scorer", "--prune-keep", "--all"),
     "--grid": ("--init", "-n", "--best-of", "--prune-keep"),
-    "--all": ("--prune-keep",),
+    "--all": ("--prune-keep", "--grid"),
 }
 
 

@@ -5,7 +5,7 @@ than they run. A graph is captured once for each shape and kind of batch, and re
 batch of that shape: it reads the position from the device.
 """
 
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from sampling.step import State, advance, choose
 from transformer.decoder import Decoder
 
-MAX_GRAPHS = 4  # of one decoder; each holds a cache
+MAX_GRAPHS = 2  # of one decoder; each holds a cache
 
 
 class StepOnDevice:
@@ -22,11 +22,15 @@ class StepOnDevice:
     Args:
         decoder: predicts the codes; needs Triton's decode kernel, which reads the position from the device.
         state: of the first batch; its tensors become the buffers of all later ones.
+
+    Attributes:
+        in_use: whether somebody is drawing with it; two batches at a time need two of them.
     """
 
     def __init__(self, decoder: Decoder, state: State) -> None:
-        self.decoder = decoder
+        self._decoder = ref(decoder)  # the steps of a decoder must not keep it alive
         self.state = state
+        self.in_use = False
         self.position = torch.zeros(1, dtype=torch.int32, device=state.logits.device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -64,7 +68,9 @@ class StepOnDevice:
     def _step(self) -> None:
         buffer = self.state.logits
         choose(self.state, self.position)
-        advance(self.decoder, self.state, self.position)
+        decoder = self._decoder()
+        assert decoder is not None
+        advance(decoder, self.state, self.position)
         buffer.copy_(self.state.logits)
         self.state.logits = buffer
         self.position += 1
@@ -78,7 +84,7 @@ def step_on_device(decoder: Decoder, state: State, position: int) -> StepOnDevic
     known = _graphs.setdefault(decoder, {})
     kind = _kind(state)
     step = known.pop(kind, None)
-    if step is None:
+    if step is None or step.in_use:
         while len(known) >= MAX_GRAPHS:
             known.pop(next(iter(known)))  # the one not used for longest
         step = StepOnDevice(decoder, state)

@@ -6,9 +6,10 @@ variation.
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -27,8 +28,9 @@ from tessera.errors import UserError
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 """A file, a PIL image, or uint8 [H, W, 3]."""
-MaskSource = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
-"""See `sampling.editing.read_mask`."""
+MaskSource = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor | tuple[int, int, int, int]
+"""See `sampling.editing.read_mask`; or a rectangle (left, top, right, bottom) in pixels, right and bottom excluded,
+also as text: "8,8,40,24"."""
 
 
 class EditOptions(NamedTuple):
@@ -102,8 +104,8 @@ class ImageEdit:
             known["keep"] = self.keep
         if self.to_draw is not None:
             known["drawn_cells_sha256"] = _sha256(self.to_draw)
-        if self.kind == "inpaint":
-            known["seam"] = self.seam
+        if self.painted is not None:
+            known["painted_sha256"], known["seam"] = _sha256(self.painted), self.seam
         return known
 
 
@@ -178,7 +180,9 @@ def make_edit(
         raise UserError(f"seam is {options.seam!r}, expected one of {', '.join(get_args(Seam))}")
     if options.seam != "none" and options.mask is None:
         raise UserError(f"seam {options.seam} joins pixels at a mask: give a mask, or leave seam out")
-    if options.keep_rows is not None and not isinstance(options.keep_rows, Integral):
+    if options.keep is not None and not isinstance(options.keep, Real):
+        raise UserError(f"keep is {options.keep!r}, expected a share in (0, 1)")
+    if isinstance(options.keep_rows, bool) or not isinstance(options.keep_rows, Integral | None):
         raise UserError(f"keep_rows is {options.keep_rows!r}, expected an integer")
     given = read_init(vae, size, options.init, on_note)
     codes, pixels = given.codes, given.pixels
@@ -189,9 +193,32 @@ def make_edit(
         to_draw = ~editing.known_rows(codes, options.keep_rows).mask
         return ImageEdit(kind="complete", codes=codes, pixels=pixels, to_draw=to_draw)
     assert options.mask is not None
-    painted = editing.fit_mask(editing.read_mask(options.mask, given.size), size)
+    painted = editing.fit_mask(_read_mask(options.mask, given.size), size)
     to_draw = editing.cells_to_draw(painted, cell=vae.downsampling, grow=editing.grow_for(vae.config))
     return ImageEdit(kind="inpaint", codes=codes, pixels=pixels, to_draw=to_draw, painted=painted, seam=options.seam)
+
+
+def _read_mask(source: MaskSource, size: tuple[int, int]) -> Tensor:
+    """What is to be drawn anew, bool [H, W]."""
+    if isinstance(source, str) and re.fullmatch(r"\d+(,\d+){3}", source):
+        left, top, right, bottom = (int(number) for number in source.split(","))
+        source = (left, top, right, bottom)
+    if not isinstance(source, tuple):
+        if not isinstance(source, str | os.PathLike | Image.Image | np.ndarray | Tensor):
+            raise UserError(
+                f"the mask is a {type(source).__name__}, expected a file, an image, an array or a rectangle"
+            )
+        return editing.read_mask(source, size)
+    height, width = size
+    whole = all(isinstance(number, Integral) for number in source) and len(source) == 4
+    if not whole or not (0 <= source[0] < source[2] <= width and 0 <= source[1] < source[3] <= height):
+        raise UserError(
+            f"the rectangle is {source}, expected (left, top, right, bottom) within {width}x{height} pixels "
+            "(width x height)"
+        )
+    painted = torch.zeros(size, dtype=torch.bool)
+    painted[source[1] : source[3], source[0] : source[2]] = True
+    return painted
 
 
 def _open(source: ImageSource | None) -> tuple[Image.Image, str]:
@@ -204,6 +231,8 @@ def _open(source: ImageSource | None) -> tuple[Image.Image, str]:
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
             raise UserError(f"the init image is {source.dtype} {list(source.shape)}, expected uint8 [H, W, 3]")
         return Image.fromarray(source), "the init image"
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(f"the init image is a {type(source).__name__}, expected a file, a PIL image or an array")
     try:
         return open_image(source), os.fspath(source)
     except ImageError as error:

@@ -54,6 +54,7 @@ def jacobi_steps(decoder: Decoder, state: State, start: int) -> Iterator[int]:
                 drafts[place] = state.forced.codes[0, place]
         drafted_to = max(drafted_to, position + count + 1)
         ahead = slice(position + 1, position + 1 + count)
+        window = state
         if count == 1:
             advance(decoder, state, position)
             choose(state, position + 1)

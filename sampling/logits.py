@@ -7,6 +7,7 @@ would make every step wait). A row's result depends on that row alone.
 """
 
 import math
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -15,33 +16,33 @@ from tessera.errors import UserError
 
 
 def check_temperature(value: float) -> None:
-    """Raise UserError unless `value` is a finite number >= 0 (0 is greedy)."""
-    if not (math.isfinite(value) and value >= 0):
-        raise UserError(f"temperature is {value}, expected a number >= 0 (0 takes the most likely code every time)")
+    """Raise UserError unless `value` is 0 (greedy) or a number from 1e-6 to 1e6, beyond which fp32 overflows."""
+    if not _is_number(value) or not (value == 0 or 1e-6 <= value <= 1e6):
+        raise UserError(f"temperature is {value!r}, expected a number >= 0 (0 takes the most likely code every time)")
 
 
 def check_top_k(value: int) -> None:
     """Raise UserError unless `value` is an integer >= 0 (0 is off)."""
-    if not isinstance(value, int) or value < 0:
-        raise UserError(f"top_k is {value}, expected an integer >= 0 (0 keeps all codes)")
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
+        raise UserError(f"top_k is {value!r}, expected an integer >= 0 (0 keeps all codes)")
 
 
 def check_top_p(value: float) -> None:
     """Raise UserError unless `value` is in (0, 1] (1 is off)."""
-    if not 0 < value <= 1:
-        raise UserError(f"top_p is {value}, expected a number in (0, 1] (1 keeps all codes)")
+    if not _is_number(value) or not 0 < value <= 1:
+        raise UserError(f"top_p is {value!r}, expected a number in (0, 1] (1 keeps all codes)")
 
 
 def check_min_p(value: float) -> None:
     """Raise UserError unless `value` is in [0, 1] (0 is off)."""
-    if not 0 <= value <= 1:
-        raise UserError(f"min_p is {value}, expected a number in [0, 1] (0 keeps all codes)")
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise UserError(f"min_p is {value!r}, expected a number in [0, 1] (0 keeps all codes)")
 
 
 def check_guidance(value: float) -> None:
-    """Raise UserError unless `value` is a finite number >= 0 (0 is unconditional, 1 is conditional)."""
-    if not (math.isfinite(value) and value >= 0):
-        raise UserError(f"guidance is {value}, expected a number >= 0 (0 ignores the prompt, 1 is off)")
+    """Raise UserError unless `value` is from 0 (unconditional; 1 is conditional) to 1e6, where fp32 would overflow."""
+    if not _is_number(value) or not 0 <= value <= 1e6:
+        raise UserError(f"guidance is {value!r}, expected a number >= 0 (0 ignores the prompt, 1 is off)")
 
 
 def guidance(conditional: Tensor, unconditional: Tensor, *, weight: float | Tensor) -> Tensor:
@@ -193,6 +194,10 @@ def choose(logits: Tensor, uniform: Tensor) -> Tensor:
     target = uniform * cumulative[:, -1]
     codes = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
     return codes.clamp_(max=logits.shape[-1] - 1)  # only NaN logits reach K; the decode loop reports them
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _per_row(value: float | Tensor, logits: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
 
@@ -152,6 +153,8 @@ class Pipeline(RequestRunner):
             UserError: the folder or a part of it is missing, damaged or does not fit the rest.
         """
         chosen_device = resolve_device(device)
+        if chosen_device.type == "mps":
+            raise UserError("sampling needs 64-bit floating point, which device mps does not have: use cpu")
         chosen_precision = resolve_precision("auto" if precision == "int8" else precision, chosen_device)
         folder = ModelFolder.open(Path(path))
         prior = load_prior(folder, device=chosen_device)
@@ -161,10 +164,9 @@ class Pipeline(RequestRunner):
             scorer = load_scorer(folder, device=chosen_device, image_size=drawn_size(prior, vae))
         defaults = folder.sampling_defaults()
         default_scorer = defaults.pop("scorer", None)
-        if default_scorer not in (None, *get_args(ScorerName)):
-            raise UserError(
-                f"{folder.path}: sampling default scorer={default_scorer!r}, expected {', '.join(get_args(ScorerName))}"
-            )
+        names = [name for name in get_args(ScorerName) if name != "context"]  # which only edits have
+        if default_scorer not in (None, *names):
+            raise UserError(f"{folder.path}: sampling default scorer={default_scorer!r}, expected {', '.join(names)}")
         return cls(
             prior=prior,
             vae=vae,
@@ -245,8 +247,8 @@ class Pipeline(RequestRunner):
         Raises:
             UserError: see `stream`.
         """
-        if every < 1:
-            raise UserError(f"every is {every}, expected at least 1 token")
+        if not isinstance(every, Integral) or every < 1:
+            raise UserError(f"every is {every!r}, expected a whole number of tokens, at least 1")
         return self._flat(self._events(prompt, every, options))
 
     def grid(
@@ -277,8 +279,11 @@ class Pipeline(RequestRunner):
         Raises:
             UserError: an axis is no setting, or has no values or one out of range.
         """
-        if not axes or not all(len(values) for values in axes.values()):
-            raise UserError("a grid needs at least one setting, and at least one value of each")
+        if not axes or not all(isinstance(values, Sequence) and values for values in axes.values()):
+            raise UserError("a grid needs at least one setting, and a list with at least one value of each")
+        for name in axes:
+            if settings.get(name) is not None:
+                raise UserError(f"{name} is an axis of the grid and given beside it: expected one of both")
         combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
         cleaned = self._cleaned(prompt, on_warning)
         requests = [
@@ -330,6 +335,10 @@ class Pipeline(RequestRunner):
         grid = (layout.grid_height, layout.grid_width)
         if isinstance(margins, str):
             margins = parse_margins(margins)
+        if not isinstance(margins, Margins) or not all(isinstance(cells, Integral) for cells in margins):
+            raise UserError(
+                f"margins are {margins!r}, expected text such as 'right=4,bottom=2', or Margins of integers"
+            )
         request = Request(
             prompt=self._cleaned(prompt, on_warning),
             seed=seed,
@@ -377,7 +386,13 @@ class Pipeline(RequestRunner):
                 settings=request.settings,
                 model_sha256=self.model_sha256,
                 precision=self.decoder.weights,
-                edit={"kind": "outpaint", "init_sha256": given.sha256, "margins": margins._asdict(), "step": step},
+                edit={
+                    "kind": "outpaint",
+                    "init_sha256": given.sha256,
+                    "margins": margins._asdict(),
+                    "step": step,
+                    "candidates": per_image,
+                },
             )
             for index in range(n)
         ]
@@ -401,6 +416,8 @@ class Pipeline(RequestRunner):
             UserError: the model has no such scorer, or cannot rank by it.
         """
         scorer_name = self._scorer_name(scorer, requests)
+        if scorer_name is None and any(request.num_candidates > request.n for request in requests):
+            raise UserError("a request has more candidates than images, which needs a scorer to choose by, got none")
         self._warn_of_guidance(requests, on_warning)
         return self._finished(self.events(requests, scorer=scorer_name, on_progress=on_progress))
 
@@ -421,13 +438,17 @@ class Pipeline(RequestRunner):
         pruning = PruneShares(given.pop("prune_keep", 1.0), given.pop("prune_after", 0.5))
         edit_options = EditOptions(**{name: given.pop(name) for name in EditOptions._fields if name in given})
         settings = override(self.settings, given)  # type: ignore[arg-type]
+        if not isinstance(prompt, str | Iterable):
+            raise UserError(f"prompt is {prompt!r}, expected text, or a list of texts")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         seeds = list(seed) if isinstance(seed, Iterable) else [seed] * len(prompts)
         if len(seeds) != len(prompts):
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts, expected one seed, or one per prompt")
-        if not 0 < pruning.keep <= 1 or not 0 < pruning.after < 1:
+        if not all(isinstance(share, Real) for share in pruning) or not (
+            0 < pruning.keep <= 1 and 0 < pruning.after < 1
+        ):
             raise UserError(
-                f"prune_keep is {pruning.keep} and prune_after {pruning.after}, expected shares in (0, 1] and (0, 1)"
+                f"prune_keep is {pruning.keep!r}, prune_after {pruning.after!r}, expected shares in (0, 1] and (0, 1)"
             )
         asked = Request(prompt="", seed=0, n=n, num_candidates=n if best_of is None else best_of, settings=settings)
         if math.ceil(pruning.keep * asked.num_candidates) < n:
@@ -497,6 +518,8 @@ class Pipeline(RequestRunner):
 
     def _cleaned(self, text: str, on_warning: Callable[[str], None]) -> str:
         """The prompt as training captions are cleaned; tells if it is too long."""
+        if not isinstance(text, str):
+            raise UserError(f"a prompt is {text!r}, expected text")
         cleaned = clean_caption(text)
         text_len = self.prior.layout.text_len
         num_tokens = len(self.tokenizer.encode(cleaned))

@@ -28,7 +28,7 @@ from transformer.decoder import Decoder
 from transformer.frozen_linear import Storage
 from transformer.model import Prior
 
-_AT_ONCE = 64  # images per dVAE and scorer forward on GPUs; on CPUs the dVAE takes one, which keeps it exact
+_AT_ONCE = 64  # images per dVAE and scorer forward; the dVAE takes one where images must not depend on each other
 _PARTIAL_GRAY = 200  # of rows that are not there yet
 
 
@@ -122,7 +122,7 @@ class RequestRunner:
     def decode(self, codes: Tensor) -> Tensor:
         """Images uint8 [B, 3, H, W] on the CPU from codes int64 [B, h, w] of any grid."""
         images = []
-        for part in codes.split(1 if self.device.type == "cpu" else _AT_ONCE):
+        for part in codes.split(1 if self.decoder.row_independent else _AT_ONCE):
             with autocast(self.precision, self.device):
                 pixels = self.vae.decode(part.to(self.device))
             images.append(to_uint8(pixels).permute(0, 3, 1, 2).contiguous().cpu())
@@ -215,13 +215,13 @@ class RequestRunner:
             num_before += len(own)
             if on_progress is not None and sum(num_tokens) < len(own) * image_len:  # some were given up
                 on_progress(num_before * image_len, total * image_len)
-            finished = sampled.is_finished.cpu()
+            finished, codes = sampled.is_finished.cpu(), sampled.codes.cpu()
             for chunk in chunks:
                 rows = torch.tensor([place == chunk.place for place in places])
                 here = (rows & finished).nonzero()[:, 0]
                 collected[chunk.place].add(
                     [image_index[row] for row in here.tolist()],
-                    sampled.codes.cpu()[here],
+                    codes[here],
                     {
                         name: scores[name][here]
                         for name in score_names(requests[chunk.place], scorer, has_scorer=self.scorer is not None)
@@ -280,13 +280,11 @@ class RequestRunner:
         """What is needed to rank candidates: float [B] by scorer; where a request has no use for it, whatever."""
         scores: dict[str, Tensor] = {"context": sampled.context_log_likelihood.cpu()}
         if scorer in ("clip", "combined") and self.scorer is not None:
-            images = torch.cat(
-                [
-                    self._pixels(codes[None], request.edit)
-                    for codes, request in zip(sampled.codes, requests, strict=True)
-                ]
-            )
-            scores["clip"] = self.score(images, [request.prompt for request in requests])
+            images = [
+                image[None] if request.edit is None else request.edit.join(self.vae, image[None])
+                for image, request in zip(self._pixels(sampled.codes, None), requests, strict=True)
+            ]
+            scores["clip"] = self.score(torch.cat(images), [request.prompt for request in requests])
         ratio = sampled.log_ratio.to("cpu", copy=True)
         is_missing = ratio.isnan()
         if bool(is_missing.any()) and scorer in ("likelihood", "combined"):

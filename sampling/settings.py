@@ -3,6 +3,7 @@
 import difflib
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
@@ -40,10 +41,12 @@ class SamplingSettings:
         if self.guidance_schedule not in get_args(GuidanceSchedule):
             names = ", ".join(get_args(GuidanceSchedule))
             raise UserError(f"guidance_schedule is {self.guidance_schedule!r}, expected one of {names}")
-        if not (math.isfinite(self.guidance_power) and self.guidance_power > 0):
-            raise UserError(f"guidance_power is {self.guidance_power}, expected a number > 0")
-        if not (math.isfinite(self.guidance_threshold) and self.guidance_threshold >= 0):
-            raise UserError(f"guidance_threshold is {self.guidance_threshold}, expected a number >= 0 (0 is never off)")
+        if not (isinstance(self.guidance_power, Real) and 0 < self.guidance_power < math.inf):
+            raise UserError(f"guidance_power is {self.guidance_power!r}, expected a number > 0")
+        if not (isinstance(self.guidance_threshold, Real) and 0 <= self.guidance_threshold < math.inf):
+            raise UserError(
+                f"guidance_threshold is {self.guidance_threshold!r}, expected a number >= 0 (0 is never off)"
+            )
         logit_functions.check_temperature(self.temperature)
         logit_functions.check_top_k(self.top_k)
         logit_functions.check_top_p(self.top_p)

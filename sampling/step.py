@@ -50,14 +50,16 @@ class Filters:
     def of(cls, settings: Sequence[SamplingSettings], *, codebook_size: int, device: torch.device) -> "Filters":
         """The filters of R images, one of `settings` each."""
 
-        def column(name: str, neutral: float) -> Tensor | None:
+        def column(name: str, neutral: float, dtype: torch.dtype = torch.float32) -> Tensor | None:
             values = [getattr(setting, name) for setting in settings]
-            return None if all(value == neutral for value in values) else torch.tensor(values, device=device)
+            # whole numbers must not make a column of integers: a later batch may bring others into the same buffer
+            is_neutral = all(value == neutral for value in values)
+            return None if is_neutral else torch.tensor(values, device=device, dtype=dtype)
 
         filtering = [setting.top_k for setting in settings if 0 < setting.top_k < codebook_size]
         return cls(
             temperature=column("temperature", 1.0),
-            top_k=column("top_k", 0) if filtering else None,
+            top_k=column("top_k", 0, torch.int64) if filtering else None,
             largest_k=max(filtering, default=0),
             top_p=column("top_p", 1.0),
             min_p=column("min_p", 0.0),

@@ -24,6 +24,9 @@ from transformer.model import Block, Prior, SequenceLayout
 # H heads, Hkv heads of keys and values, K codebook size.
 
 
+_SERIAL_NUMBERS = 32_768  # up to so many PyTorch works on in one thread
+
+
 class _Layer(NamedTuple):
     """The matrices of one block."""
 
@@ -38,8 +41,8 @@ class Decoder:
 
     Args:
         prior: in evaluation mode; its weights are copied, later changes of them are not seen.
-        weights: how matrices are stored. With bf16 and int8, GPUs compute in bf16 between them, CPUs in fp32. The
-            table of codes is bf16 with int8, too. Logits are always fp32.
+        weights: how matrices are stored, but for the head, which is fp32, as the logits are. With bf16 and int8, GPUs
+            compute in bf16 between them, CPUs in fp32.
         row_independent: whether prompts are prefilled one at a time, so that no row depends on another; None does so
             on CPUs. On GPUs the rows of `decode` depend on their number all the same, which the caller has to fix.
 
@@ -103,9 +106,7 @@ class Decoder:
             gains.append(torch.cat([query_gain.expand(self.heads, -1), key_gain.expand(self.key_value_heads, -1)]))
         self._gains = torch.stack(gains).to(self.dtype)  # [L, H + Hkv, D]
         self._rolled_gains = self._gains.roll(self.head_dim // 2, dims=-1)
-        self._head = FrozenLinear(
-            prior.image_head.vectors() * prior.norm.weight, storage="bf16" if self.weights == "int8" else self.weights
-        )
+        self._head = FrozenLinear(prior.image_head.vectors() * prior.norm.weight)  # fp32, and so are the logits
         layout = self.layout
         scale = (1 + len(layout.codebook_levels)) ** -0.5  # as in Prior
         self._code_vectors = (prior.image_embedding.vectors() * scale).to(self.dtype)  # [K, C]
@@ -251,10 +252,18 @@ class Decoder:
 
     def _mlp(self, x: Tensor, layer: _Layer) -> Tensor:
         gate, up = _on_rows(layer.gate_up, F.layer_norm(x, (self.dim,))).chunk(2, dim=-1)
-        return _on_rows(layer.down, F.silu(gate) * up)
+        return _on_rows(layer.down, self._silu(gate) * up)
+
+    def _silu(self, gate: Tensor) -> Tensor:
+        """PyTorch divides long tensors among threads anywhere, and the ends of the parts round in another way."""
+        if not self.row_independent or gate.numel() <= _SERIAL_NUMBERS:
+            return F.silu(gate)
+        rows = gate.flatten(0, -2)
+        parts = rows.split(max(1, _SERIAL_NUMBERS // rows.shape[1]))
+        return torch.cat([F.silu(part) for part in parts]).view(gate.shape)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return _on_rows(self._head, F.layer_norm(x, (self.dim,))).float()
+        return _on_rows(self._head, F.layer_norm(x, (self.dim,)).float())
 
     def _empty_cache(self, rows: int, device: torch.device, spare: int = 0) -> KVCache:
         return KVCache.empty(

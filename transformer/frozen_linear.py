@@ -10,6 +10,7 @@ choose other kernels, that add in another order, for other numbers of rows. `Fro
 once for each shape, and takes the widest way that passes: all rows at once, the sum in parts, or tiles of fixed size.
 """
 
+import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal, get_args
@@ -18,13 +19,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from transformer.kernels import ops
+from transformer.kernels.launch_config import LEAST_CAPABILITY
+
 # R rows, K input channels, N output channels.
 
 Storage = Literal["fp32", "bf16", "int8"]
 
 TILE_ROWS = 8
 PART_CHANNELS = 1024  # up to here oneDNN adds in one go, whatever the number of rows
-_TRIED_ROWS = (1, 2, 3, 4, 5, 8, 13, 16, 31, 32, 64, 100)
+KERNEL_ROWS = 64  # beyond it a GPU should widen an int8 weight once, not read it for every 16 rows; estimated
+_TRIED_ROWS = (1, 2, 3, 4, 5, 8, 13, 16, 31, 32, 64, 100, 128, 200, 256)
 
 _Multiply = Callable[[Tensor], Tensor]
 
@@ -52,7 +57,7 @@ class FrozenLinear:
         self.num_bytes = weight.numel() * {"fp32": 4, "bf16": 2, "int8": 1}[storage]
         weight = weight.detach()
         if weight.device.type == "cpu":
-            way = _way_for(out_channels, channels, storage)
+            way = _way_for(out_channels, channels, storage, torch.get_num_threads())
             self._multiply = _on_cpu(weight, storage, way)
         else:
             self._multiply = _elsewhere(weight, storage)
@@ -66,8 +71,11 @@ _Way = Literal["at once", "in parts", "in tiles"]
 
 
 @lru_cache(maxsize=256)
-def _way_for(out_channels: int, channels: int, storage: Storage) -> _Way:
-    """The widest way to multiply by a matrix of this shape whose rows do not depend on each other."""
+def _way_for(out_channels: int, channels: int, storage: Storage, num_threads: int) -> _Way:
+    """The widest way to multiply by a matrix of this shape whose rows do not depend on each other.
+
+    The number of threads is part of the question: work is divided among them.
+    """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out_channels, channels, generator=generator) * channels**-0.5
     x = torch.randn(_TRIED_ROWS[-1], channels, generator=generator)
@@ -88,6 +96,8 @@ def _on_cpu(weight: Tensor, storage: Storage, way: _Way) -> _Multiply:
         return _int8_on_cpu(weight)
     if not torch.backends.mkldnn.is_available():
         return _plain(weight, storage)
+    if storage == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return _plain(weight, storage)  # slow, but it runs
     parts = weight.split(PART_CHANNELS, dim=1) if way == "in parts" else (weight,)
     return _packed(parts, torch.bfloat16 if storage == "bf16" else torch.float32)
 
@@ -116,13 +126,17 @@ def _packed(parts: tuple[Tensor, ...], dtype: torch.dtype) -> _Multiply:
 
 
 def _int8_on_cpu(weight: Tensor) -> _Multiply:
-    quantized, scale = quantize(weight)
+    padding = -weight.shape[1] % 16  # PyTorch's kernel reads 16 channels at a time, past the end if it has to
+    quantized, scale = quantize(F.pad(weight, (0, padding)))
     scale = scale.to(torch.bfloat16)
 
     def multiply(x: Tensor) -> Tensor:
         return torch._weight_int8pack_mm(x.to(torch.bfloat16), quantized, scale).to(x.dtype)
 
-    return multiply
+    def multiply_padded(x: Tensor) -> Tensor:
+        return multiply(F.pad(x, (0, padding)))
+
+    return multiply_padded if padding else multiply
 
 
 def _plain(weight: Tensor, storage: Storage) -> _Multiply:
@@ -142,7 +156,17 @@ def _elsewhere(weight: Tensor, storage: Storage) -> _Multiply:
     def multiply(x: Tensor) -> Tensor:
         return F.linear(x, quantized.to(x.dtype)) * scale.to(x.dtype)
 
-    return multiply
+    def multiply_few(x: Tensor) -> Tensor:
+        return ops.int8_linear(x, quantized, scale) if len(x) <= KERNEL_ROWS else multiply(x)
+
+    return multiply_few if _has_kernel(weight.device) else multiply
+
+
+def _has_kernel(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device; elsewhere the weight is widened for each product."""
+    if device.type != "cuda" or torch.version.hip or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
 def _in_tiles(multiply: _Multiply) -> _Multiply:

@@ -187,8 +187,8 @@ def test_any_text_is_a_prompt(pipeline: Pipeline, prompt: str) -> None:
         ({"guidence": 2.0}, "no option 'guidence'; did you mean guidance"),
         ({"scorer": "context"}, "it needs an init image"),
         ({"keep_rows": 2}, "about an init image: give one"),
-        ({"prune_keep": 0.0}, "prune_keep is 0.0 and prune_after 0.5, expected shares"),
-        ({"prune_keep": 0.5, "prune_after": 1.0}, "prune_keep is 0.5 and prune_after 1.0, expected shares"),
+        ({"prune_keep": 0.0}, "prune_keep is 0.0, prune_after 0.5, expected shares"),
+        ({"prune_keep": 0.5, "prune_after": 1.0}, "prune_keep is 0.5, prune_after 1.0, expected shares"),
         ({"scorer": "beauty"}, "scorer is 'beauty', expected auto, clip"),
     ],
 )
@@ -431,7 +431,7 @@ def test_closing_the_iterator_cancels_within_one_step(
 
 
 def test_partial_images_every_0_tokens_are_refused(pipeline: Pipeline) -> None:
-    with pytest.raises(UserError, match="every is 0, expected at least 1 token"):
+    with pytest.raises(UserError, match="every is 0, expected a whole number of tokens, at least 1"):
         pipeline.watch("a red star", every=0)
 
 
@@ -480,3 +480,50 @@ def test_deterministic_changes_nothing_on_a_cpu(model_folder: Path, pipeline: Pi
     deterministic = Pipeline.load(model_folder, device="cpu", precision="fp32", deterministic=True)
     for image, expected in zip(deterministic("a red star", n=3), pipeline("a red star", n=3), strict=True):
         assert same(image, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": "hot"}, "temperature is 'hot', expected a number"),
+        ({"temperature": 1e-40}, "temperature is 1e-40, expected a number"),
+        ({"guidance": 1e39}, "guidance is 1e\\+39, expected a number"),
+        ({"guidance": [1, 2]}, r"guidance is \[1, 2\], expected a number"),
+        ({"top_p": "a"}, "top_p is 'a', expected a number"),
+        ({"prune_keep": "a"}, "prune_keep is 'a'"),
+        ({"seed": 1.5}, "seed is 1.5, expected an integer"),
+        ({"n": "2"}, "n is '2', expected an integer"),
+        ({"init": 5, "keep": 0.5}, "the init image is a int, expected a file"),
+        ({"init": np.zeros((16, 24, 3), dtype=np.uint8), "keep": "a"}, "keep is 'a', expected a share"),
+        ({"init": np.zeros((16, 24, 3), dtype=np.uint8), "keep_rows": 1.5}, "keep_rows is 1.5, expected an integer"),
+        ({"init": np.zeros((16, 24, 3), dtype=np.uint8), "mask": 5}, "the mask is a int, expected a file"),
+        ({"init": np.zeros((16, 24, 3), dtype=np.uint8), "mask": (0, 0, 40, 4)}, r"the rectangle is \(0, 0, 40, 4\)"),
+    ],
+)
+def test_values_of_another_type_are_told_in_one_line(pipeline: Pipeline, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pipeline("a red star", **options)
+
+
+@pytest.mark.parametrize("prompt", [5, None, [1]])
+def test_a_prompt_that_is_no_text_is_told(pipeline: Pipeline, prompt: object) -> None:
+    with pytest.raises(UserError, match="expected text"):
+        pipeline(prompt)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rectangle", [(4, 4, 16, 12), "4,4,16,12"])
+def test_a_rectangle_is_a_mask(pipeline: Pipeline, rectangle: tuple[int, int, int, int] | str) -> None:
+    init = pipeline("a red star")[0]
+    mask = np.zeros((16, 24), dtype=np.bool_)
+    mask[4:12, 4:16] = True
+    (by_mask,) = pipeline("x", init=init.image, mask=mask)
+    (by_rectangle,) = pipeline("x", init=init.image, mask=rectangle)
+    assert np.array_equal(by_mask.image, by_rectangle.image)
+    assert by_mask.recipe() == by_rectangle.recipe()
+
+
+def test_whole_numbers_are_settings_like_others(pipeline: Pipeline) -> None:
+    assert np.array_equal(
+        pipeline("x", temperature=1, min_p=0)[0].codes, pipeline("x", temperature=1.0, min_p=0.0)[0].codes
+    )
+    assert pipeline("x", top_k=np.int64(4), seed=np.int64(3))[0].seed == 3  # type: ignore[arg-type]

@@ -17,13 +17,15 @@ from torch.nn.attention import flex_attention as flex_module
 from transformer.attention import (
     CPU_MATMUL_KEYS,
     Backend,
+    attend_to_cache,
     attention,
     choose_backend,
+    choose_decode_backend,
     decode_attention,
     matmul_attention,
     why_not_triton,
 )
-from transformer.cache import KVCache
+from transformer.cache import KVCache, LayerCache
 from transformer.kernels import reference
 from transformer.masks import AttentionMask, MaskKind
 
@@ -257,6 +259,82 @@ def test_decoding_one_position_equals_the_last_row_of_attention(kind: str, key_h
             atol=1e-6,
             rtol=1e-5,
         )
+
+
+def layer_of(mask: AttentionMask, key: Tensor, value: Tensor, *, dtype: torch.dtype = torch.float32) -> LayerCache:
+    """A cache that holds the first positions, key and value [B, Hkv, n, D]."""
+    sizes = {"batch_size": key.shape[0], "heads": key.shape[1], "head_dim": key.shape[3]}
+    (layer,) = KVCache.empty(masks=[mask], device=CPU, dtype=dtype, **sizes).layers
+    layer.write(0, key, value)
+    return layer
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.2])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "matmul", "reference"])
+@every_kind
+def test_the_scale_of_decoding_is_that_of_attention(kind: str, backend: Backend, scale: float) -> None:
+    mask, (query, key, value) = mask_of(kind), random_inputs(15)
+    layer = layer_of(mask, key[:, :, :14], value[:, :, :14])
+    now = slice(14, 15)
+    inputs = query[:, :, now], key[:, :, now], value[:, :, now]
+    torch.testing.assert_close(
+        decode_attention(*inputs, layer, 14, backend=backend, scale=scale),
+        reference.attention(query, key, value, mask, scale=scale)[:, :, now],
+        atol=1e-6,
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_kind
+def test_the_unchecked_form_decodes_the_same(kind: str, dtype: torch.dtype) -> None:
+    mask, (query, key, value) = mask_of(kind), random_inputs(23)
+    layers = [layer_of(mask, key[:, :, :3], value[:, :, :3], dtype=dtype) for _ in range(2)]
+    for position in range(3, 23):
+        now = slice(position, position + 1)
+        inputs = query[:, :, now], key[:, :, now], value[:, :, now]
+        checked = decode_attention(*inputs, layers[0], position, scale=0.7)
+        assert torch.equal(attend_to_cache(*inputs, layers[1], position, scale=0.7), checked)
+    assert torch.equal(layers[0].keys, layers[1].keys) and torch.equal(layers[0].values, layers[1].values)
+
+
+@pytest.mark.parametrize("head_dim", [8, 64])
+@every_kind
+def test_what_a_row_decodes_on_a_cpu_does_not_depend_on_the_rows_beside_it(kind: str, head_dim: int) -> None:
+    mask, rows = mask_of(kind, text_len=40), 9
+    query, key, value = torch.randn(3, rows, 4, 51, head_dim)
+    now, before = slice(50, 51), slice(0, 50)
+
+    def decoded(some: slice) -> Tensor:
+        layer = layer_of(mask, key[some, :2, before], value[some, :2, before])
+        return decode_attention(query[some, :, now], key[some, :2, now], value[some, :2, now], layer, 50)
+
+    together = decoded(slice(None))
+    for first, last in ((0, 1), (1, 3), (3, 6), (6, 9)):
+        assert torch.equal(decoded(slice(first, last)), together[first:last])
+
+
+def test_a_position_on_the_device_is_for_the_kernel_only() -> None:
+    mask, (query, key, value) = mask_of("row"), random_inputs(1)
+    layer = layer_of(mask, torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8))
+    with pytest.raises(ValueError, match="is read by backend triton only; give it as a number"):
+        attend_to_cache(query, key, value, layer, torch.tensor([3], dtype=torch.int32))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_kernel_decodes_wherever_it_can_unless_another_is_asked_for() -> None:
+    def chosen(device: torch.device, backend: Backend, head_dim: int) -> str:
+        choose = choose_decode_backend.__wrapped__  # without what it remembers of other machines
+        return choose(device=device, head_dim=head_dim, dtype=torch.bfloat16, backend=backend)
+
+    assert [chosen(GPU, backend, 64) for backend in ("auto", "triton", "sdpa", "matmul")] == [
+        "triton",
+        "triton",
+        "sdpa",
+        "sdpa",
+    ]
+    assert chosen(GPU, "auto", 24) == "sdpa"
+    assert {chosen(CPU, backend, 64) for backend in ("auto", "sdpa", "matmul", "reference")} == {"matmul"}
 
 
 @every_kind

@@ -14,15 +14,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from transformer.kernels import backward, decode, forward, rule
+from transformer.kernels import backward, decode, forward, int8_linear, rule
 from transformer.kernels.launch import compile_constants, compile_options
 from transformer.kernels.launch_config import Format, KernelName, LaunchConfig, launch_config
 from transformer.kernels.schedule import key_schedule, query_schedule
 from transformer.masks import AttentionMask
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_FLOAT32_TENSORS = ("logsumexp", "delta", "part_key", "part_value", "part_mean", "part_peak", "part_total")
+_FLOAT32_TENSORS = ("logsumexp", "delta", "part_key", "part_value", "part_mean", "part_peak", "part_total", "scales")
 _INT32_TENSORS = ("table", "entries", "position")
+_ANY_COUNTS = ("length", "tiles", "heads", "key_heads", "rows")
+_COUNTS_OF_16 = ("channels", "inputs")
 _WARP = 32
 
 # Bytes of shared memory that one program may take. The table for 8.0 also serves 8.6 and 8.9, which have less.
@@ -55,6 +57,20 @@ class Build(NamedTuple):
     number_format: Format
     capability: tuple[int, int]
     group: int = 1
+
+
+class LinearBuild(NamedTuple):
+    """The product with an int8 weight as it is compiled for one GPU.
+
+    Attributes:
+        rows: R.
+        number_format: of the products.
+        capability: the GPU's compute capability.
+    """
+
+    rows: int
+    number_format: Format
+    capability: tuple[int, int]
 
 
 class Compiled(NamedTuple):
@@ -99,6 +115,16 @@ def shipped() -> list[Build]:
     return builds
 
 
+def shipped_linear() -> list[LinearBuild]:
+    """Every row of the table in `int8_linear`, for few rows and for many."""
+    return [
+        LinearBuild(rows, number_format, capability)
+        for capability in SHARED_BYTES
+        for number_format in get_args(Format)
+        for rows in (8, 16)
+    ]
+
+
 def one_mask_each(builds: list[Build]) -> list[Build]:
     """Every row of the tables once, with the mask that asks most of the compiler: tiles of the grid with a margin."""
     chosen: dict[Build, Build] = {}
@@ -132,7 +158,7 @@ def _rows(
     return [Build(kernel, mask, config, head_dim, number_format, capability, group) for config in sorted(configs)]
 
 
-def problems(build: Build, compiled: Compiled) -> list[str]:
+def problems(build: Build | LinearBuild, compiled: Compiled) -> list[str]:
     """What is wrong with a compiled kernel, in words; empty where nothing is."""
     found = []
     if compiled.stack_bytes or compiled.spills:
@@ -177,12 +203,30 @@ def compile_build(build: Build) -> Compiled:
         }
     names: list[str] = function.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
-    tensor = "*bf16" if build.number_format == "half" else "*fp32"
+    return _compile(function, constants, build.number_format, build.capability, compile_options(config))
+
+
+def compile_linear_build(build: LinearBuild) -> Compiled:
+    """Compiles the product with an int8 weight, without a GPU, for channels that are multiples of 16."""
+    constants = int8_linear.constants(build.rows, build.number_format)
+    options = int8_linear.options(build.number_format)
+    return _compile(int8_linear.int8_linear_kernel, constants, build.number_format, build.capability, options)
+
+
+def _compile(
+    function: Any,
+    constants: dict[str, Any],
+    number_format: Format,
+    capability: tuple[int, int],
+    options: dict[str, Any],
+) -> Compiled:
+    names: list[str] = function.arg_names
+    tensor = "*bf16" if number_format == "half" else "*fp32"
     signature = {name: "constexpr" if name in constants else _type_of(name, tensor) for name in names}
     aligned = [
         place
         for place, name in enumerate(names)
-        if signature[name] not in ("constexpr", "fp32") and name not in ("length", "tiles", "heads", "key_heads")
+        if signature[name] not in ("constexpr", "fp32") and name not in _ANY_COUNTS
     ]
     source = ASTSource(
         function,
@@ -190,10 +234,8 @@ def compile_build(build: Build) -> Compiled:
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(place,): [["tt.divisibility", 16]] for place in aligned},
     )
-    major, minor = build.capability
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", 10 * major + minor, _WARP), options=compile_options(config)
-    )
+    major, minor = capability
+    compiled = triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, _WARP), options=options)
     return _read(compiled)
 
 
@@ -202,10 +244,12 @@ def _type_of(argument: str, tensor: str) -> str:
         return "*fp32"
     if argument in _INT32_TENSORS:
         return "*i32"
+    if argument == "weight":
+        return "*i8"
     if argument.startswith("scale"):
         return "fp32"
-    is_count = argument in ("length", "tiles", "heads", "key_heads")
-    is_stride = argument.endswith(("_batch", "_head", "_position", "_slot"))
+    is_count = argument in _ANY_COUNTS + _COUNTS_OF_16
+    is_stride = argument.endswith(("_batch", "_head", "_position", "_slot", "_row"))
     return "i32" if is_count or is_stride else tensor
 
 

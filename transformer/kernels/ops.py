@@ -1,4 +1,4 @@
-"""The sparse kernels as PyTorch operators, so that compilers, checkpointing and data parallelism treat them as such.
+"""The kernels as PyTorch operators, so that compilers, checkpointing and data parallelism treat them as such.
 
 Importing this imports no Triton. On CUDA tensors, and on any tensor under Triton's interpreter, the operators run the
 kernels; on CPU tensors otherwise the plain reference, for tracing and tests (`transformer.attention` refuses to train
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformer.kernels import reference
+from transformer.kernels import int8_reference, reference
 from transformer.kernels.flops import register_flop_formulas
 from transformer.masks import AttentionMask
 
 # B batch, H query heads, Hkv key-value heads, N positions, S slots of a cache, D head width.
+# Of products: R rows, K input channels, N output channels.
 
 
 def sparse_attention(
@@ -71,6 +72,37 @@ def decode_attention(
     return _decode_attention(query, key, value, keys, values, position, mask.code, _checked_scale(scale, query))
 
 
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T of a weight stored as int8, for few rows and inference only.
+
+    Args:
+        x: [R, K]; float32, float16 or bfloat16.
+        weight: int8 [N, K], contiguous.
+        scale: float32 [N], contiguous; row n of W is scale[n] * weight[n].
+
+    Returns:
+        [R, N] in the dtype of x.
+
+    Raises:
+        ValueError: if a shape, dtype or layout is another.
+    """
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or scale.shape != weight.shape[:1]:
+        raise ValueError(
+            f"int8_linear needs x [R, K], weight [N, K] and scale [N]; "
+            f"got {list(x.shape)}, {list(weight.shape)} and {list(scale.shape)}"
+        )
+    if weight.dtype != torch.int8 or scale.dtype != torch.float32 or not x.is_floating_point():
+        raise ValueError(
+            f"int8_linear needs floating x, an int8 weight and float32 scales; "
+            f"got {x.dtype}, {weight.dtype} and {scale.dtype}"
+        )
+    if not weight.is_contiguous() or not scale.is_contiguous():
+        raise ValueError(
+            f"int8_linear needs a contiguous weight and scale; got strides {weight.stride()} and {scale.stride()}"
+        )
+    return _int8_linear(x, weight, scale)
+
+
 @torch.library.custom_op("tessera::sparse_attention", mutates_args=())
 def _sparse_attention(query: Tensor, key: Tensor, value: Tensor, mask: str, scale: float) -> tuple[Tensor, Tensor]:
     """The output [B, H, N, D] and its logsumexp float32 [B, H, N]."""
@@ -116,15 +148,25 @@ def _decode_attention(
         return module.decode(query, key, value, keys, values, position, AttentionMask.from_code(mask), scale)
 
 
+@torch.library.custom_op("tessera::int8_linear", mutates_args=())
+def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The product [R, N]."""
+    module = _kernels(x, "int8_linear")
+    with torch.cuda.device_of(x):
+        return module.int8_linear(x, weight, scale)
+
+
 def _kernels(tensor: Tensor, name: str) -> Any:
     """The module that computes for a tensor; Triton is imported here, at the first use."""
     if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return reference
+        return int8_reference if name == "int8_linear" else reference
     register_flop_formulas()
     if name == "forward":
         from transformer.kernels import forward as module
     elif name == "backward":
         from transformer.kernels import backward as module
+    elif name == "int8_linear":
+        from transformer.kernels import int8_linear as module
     else:
         from transformer.kernels import decode as module
     return module
@@ -161,6 +203,11 @@ def _(
     scale: float,
 ) -> Tensor:
     return torch.empty_like(query)
+
+
+@_int8_linear.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
