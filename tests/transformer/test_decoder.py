@@ -238,3 +238,25 @@ def test_what_does_not_fit_the_layout_is_refused() -> None:
         decoder.prefill(text, cache, codes[:1, :3])
     with pytest.raises(ValueError, match="storage is one of fp32, bf16, int8; got 'fp8'"):
         Decoder(random_prior(), weights="fp8")  # type: ignore[arg-type]
+
+
+def test_a_row_is_the_same_when_three_threads_share_the_work() -> None:
+    layout = SequenceLayout(text_len=4, grid_height=2, grid_width=2, text_vocab_size=9, codebook_size=13)
+    prior = Prior(PriorConfig(layout=layout, dim=256, depth=1, heads=4))  # 100 rows are more than one thread's share
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.normal_(std=0.3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        decoder, codes = Decoder(prior.eval()), torch.arange(100) % 13
+        text_ids = torch.randint(0, 13, (100, 4))
+        cache = decoder.new_cache(100)
+        decoder.prefill(text_ids, cache)
+        together = decoder.decode(codes, 0, cache)
+        for row in (0, 46, 93, 94, 99):
+            cache = decoder.new_cache(1)
+            decoder.prefill(text_ids[row : row + 1], cache)
+            assert torch.equal(decoder.decode(codes[row : row + 1], 0, cache)[0], together[row])
+    finally:
+        torch.set_num_threads(before)
