@@ -2,7 +2,7 @@
 
 python -m benchmarks.batch_invariance [--quick] [--out benchmarks/results/batch_invariance.json]
 
-A prior of 5 million random weights (256 channels, 4 layers of row, column, full and conv attention, 32 text ids, 16x16
+A prior of 5 million random weights (256 channels, 4 layers of row, column, full and conv attention, 32 text ids, 8x8
 codes) draws 200 images on the CPU: with and without guidance and its schedules, greedy, filtered, completed, inpainted.
 Each is drawn alone, then among others in batches of 2, 3, 8 and 16 in random order; all tokens and log-likelihoods must
 be equal bit for bit. There is no peer: none draws requests of different settings in one batch.
@@ -28,6 +28,7 @@ from transformer.frozen_linear import Storage
 
 CLAIM = "on a CPU an image's tokens are the same, bit for bit, alone and in any batch of requests of any kind"
 _BATCHES = (2, 3, 8, 16)
+_GRID = 8  # codes on a side
 _KINDS = (
     SamplingSettings(),
     SamplingSettings(guidance=3.0, top_k=100),
@@ -74,12 +75,12 @@ class Requests:
 def main(argv: Sequence[str]) -> int:
     """Draws, compares and writes one row for each batch size; 1 if an image differs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.batch_invariance", description=CLAIM)
-    parser.add_argument("--quick", action="store_true", help="24 images of 8x8 codes")
+    parser.add_argument("--quick", action="store_true", help="24 images instead of 200")
     parser.add_argument("--weights", nargs="+", default=["fp32"], choices=get_args(Storage), help="how they are stored")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/batch_invariance.json"))
     arguments = parser.parse_args(argv)
     count = 24 if arguments.quick else 200
-    shape = Shape(grid=8) if arguments.quick else Shape()
+    shape = Shape(grid=_GRID)
     prior = build_prior(shape._asdict(), attention=("row", "column", "full", "conv"))
     rows, differing = [], {}
     for storage in arguments.weights:
