@@ -97,7 +97,10 @@ def render_report(
         ],
         charts=_charts(run_dir),
         stages=_stages(plan, seconds, steps),
-        settings=[(name, f"{value:g}") for name, value in figures["sampling"].items()],
+        settings=[
+            (name.replace("_", " "), value if isinstance(value, str) else f"{value:g}")
+            for name, value in figures["sampling"].items()
+        ],
         tuning=tuning,
         trials=[
             {"temperature": f"{trial.temperature:g}", "guidance": f"{trial.guidance:g}", "value": f"{trial.value:.1%}"}
