@@ -1,6 +1,7 @@
 """The page stands alone, says what was measured, and survives whatever prompts hold."""
 
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def page(judged: list[Judged], tmp_path: Path) -> str:
         "corpus": "scenes",
         "dvae": {"psnr": 27.123, "ssim": 0.95, "codebook_usage": 0.912, "perplexity": 3000.0},
         "accuracy": {"renders": 1.0, "reconstructions": 0.973, **accuracy_tables(judged, 16)},
-        "sampling": {"temperature": 0.5, "guidance": 1.5},
+        "sampling": asdict(SamplingSettings(temperature=0.5, guidance=1.5)),
         "hardware": {"cpu": "Fast & Loose", "cores": 2, "gpu": None},
         "versions": {"tessera": "0.1.0", "torch": "2.15.0"},
     }
