@@ -130,7 +130,8 @@ def add_editing_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--mask",
         metavar="FILE",
-        help="inpaint: image of the size of --init; what is white, or transparent, is drawn anew",
+        help="inpaint: image of the size of --init; what is white, or transparent, is drawn anew; or a rectangle "
+        "LEFT,TOP,RIGHT,BOTTOM in pixels of --init",
     )
     group.add_argument(
         "--keep-rows", type=int, metavar="N", help="complete: keep the first N rows of cells, integer >= 1"

@@ -267,10 +267,8 @@ def _sample(
     image_len, device = decoder.layout.image_len, part.draws.device
     is_alone = speculate and len(part.images) == 1 and device.type == "cpu"
     state = _prefill(decoder, part)
-    codes, log_probabilities = (
-        torch.empty_like(state.codes),
-        torch.full((2, *state.codes.shape), torch.nan, device=device),
-    )
+    codes = torch.empty_like(state.codes)
+    log_probabilities = torch.full((2, *state.codes.shape), torch.nan, device=device)  # with prompts, without
     left = torch.arange(len(part.images), device=device)  # images that have not been given up
 
     def keep_figures() -> None:
@@ -282,12 +280,12 @@ def _sample(
     if pruning is not None:
         give_up_after = min(max(part.start, round(pruning.after * image_len) - 1), image_len - 2)
     step = _captured(decoder, state, part.start)
+    positions = jacobi_steps(decoder, state, part.start) if is_alone else range(part.start, image_len)
     try:
-        if is_alone:
-            for position in jacobi_steps(decoder, state, part.start):
-                yield Step(part.images, position, state.codes)
-        for position in () if is_alone else range(part.start, image_len):
-            if position + 1 == image_len:
+        for position in positions:
+            if is_alone:
+                pass  # jacobi_steps has filled it already
+            elif position + 1 == image_len:
                 choose(state, position)
             elif step is not None:
                 step()

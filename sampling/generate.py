@@ -28,6 +28,7 @@ from sampling.arguments import (
     read_axes,
 )
 from sampling.generated_image import GeneratedImage
+from sampling.image_edit import parse_rectangle
 from sampling.outpainting import Margins, parse_margins
 from sampling.pipeline import Pipeline
 from sampling.request import Request
@@ -198,7 +199,8 @@ def _check(
         raise UserError("--scorer context asks how well what is kept of --init fits what is drawn: give --init")
     for flag in ("init", "mask"):
         path = getattr(arguments, flag)
-        if path is not None and not Path(path).is_file():
+        is_rectangle = flag == "mask" and path is not None and parse_rectangle(path) is not None
+        if path is not None and not is_rectangle and not Path(path).is_file():
             raise UserError(f"--{flag} {path}: there is no such file, expected an image")
     override(SamplingSettings(), _overrides(arguments))
     num_candidates = arguments.n if arguments.best_of is None else arguments.best_of

@@ -198,11 +198,18 @@ def make_edit(
     return ImageEdit(kind="inpaint", codes=codes, pixels=pixels, to_draw=to_draw, painted=painted, seam=options.seam)
 
 
+def parse_rectangle(text: str) -> tuple[int, int, int, int] | None:
+    """The rectangle that a text such as "8,8,40,24" says; None if it says another thing."""
+    if not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6}){3}", text):
+        return None
+    left, top, right, bottom = (int(number) for number in text.split(","))
+    return left, top, right, bottom
+
+
 def _read_mask(source: MaskSource, size: tuple[int, int]) -> Tensor:
     """What is to be drawn anew, bool [H, W]."""
-    if isinstance(source, str) and re.fullmatch(r"\d+(,\d+){3}", source):
-        left, top, right, bottom = (int(number) for number in source.split(","))
-        source = (left, top, right, bottom)
+    if isinstance(source, str):
+        source = parse_rectangle(source) or source
     if not isinstance(source, tuple):
         if not isinstance(source, str | os.PathLike | Image.Image | np.ndarray | Tensor):
             raise UserError(

@@ -15,15 +15,19 @@ log-likelihood of the known codes, not of the drawn ones, tells whether they go 
 """
 
 import re
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sampling.editing import Known
+from sampling.decode import sample_codes
+from sampling.editing import Known, forced_codes
+from sampling.settings import SamplingSettings
 from tessera.errors import UserError
+from transformer.decoder import Decoder
 
-# n images, h w code grid of the prior, h' w' code grid of the canvas.
+# n images, T text tokens, h w code grid of the prior, h' w' code grid of the canvas.
 
 # Window number i draws from stream OUTPAINTING_STREAM + i of its image: with one stream for all of them, equal places
 # of different windows would draw by the same random number.
@@ -60,6 +64,15 @@ class Canvas(NamedTuple):
     """bool [h', w'], the same for all images."""
     grid: tuple[int, int]
     """(h, w), the size of a window."""
+
+
+class Outpainted(NamedTuple):
+    """n extended images."""
+
+    codes: Tensor
+    """int64 [n, h', w']."""
+    context_log_likelihood: Tensor
+    """Of the known codes of all windows in nats, float64 [n]: how well what was drawn fits them."""
 
 
 def parse_margins(text: str) -> Margins:
@@ -170,6 +183,59 @@ def fill(canvas: Canvas, window: Window, codes: Tensor) -> Canvas:
     filled = canvas.codes.clone()
     filled[:, rows, columns] = torch.where(drawn[rows, columns], codes.to(filled), filled[:, rows, columns])
     return Canvas(filled, canvas.known | drawn, canvas.grid)
+
+
+@torch.inference_mode()
+def draw_canvas(
+    decoder: Decoder,
+    canvas: Canvas,
+    windows: Sequence[Window],
+    text_ids: Tensor,
+    *,
+    settings: SamplingSettings,
+    seed: int,
+    num_candidates: int = 1,
+    max_rows: int | None = None,
+    on_window: Callable[[int], None] = lambda number: None,
+) -> Outpainted:
+    """Draw what is new of n images, window by window.
+
+    Args:
+        decoder: the prior.
+        canvas: the n images, from `new_canvas`.
+        windows: from `plan_windows`, for the same margins.
+        text_ids: int64 [T], the prompt of all windows.
+        settings: how to draw.
+        seed: of all images.
+        num_candidates: how many each image draws in each window, >= 1; it goes on with the one that makes the window's
+            known codes most likely.
+        max_rows: see `sampling.decode.sample_steps`.
+        on_window: called with the number of windows done.
+
+    Returns:
+        The codes, and how likely the known ones were.
+    """
+    num_images, count = len(canvas.codes), len(canvas.codes) * num_candidates
+    fit = torch.zeros(num_images, dtype=torch.float64)
+    for number, window in enumerate(windows):
+        known = [own for own in window_known(canvas, window) for _ in range(num_candidates)]
+        sampled = sample_codes(
+            decoder,
+            text_ids.expand(count, -1),
+            settings=settings,
+            seeds=torch.full((count,), seed),
+            image_index=torch.arange(count),
+            forced=forced_codes(known),
+            stream=OUTPAINTING_STREAM + number,
+            max_rows=max_rows,
+        )
+        fits = sampled.context_log_likelihood.cpu().reshape(num_images, num_candidates)
+        best = fits.argmax(dim=1)  # [n]
+        codes = sampled.codes.cpu().reshape(num_images, num_candidates, *canvas.grid)
+        canvas = fill(canvas, window, codes[torch.arange(num_images), best])
+        fit += fits.amax(dim=1)
+        on_window(number + 1)
+    return Outpainted(canvas.codes, fit)
 
 
 def _check_plan(grid: tuple[int, int], margins: Margins, step: int | None) -> None:

@@ -20,19 +20,10 @@ import torch
 
 from dvae.model import DiscreteVAE
 from dvae.model import load as load_vae
-from sampling.decode import sample_codes
-from sampling.editing import Seam, forced_codes
+from sampling.editing import Seam
 from sampling.generated_image import GeneratedImage, PartialImage, ScorerName
 from sampling.image_edit import EditOptions, ImageSource, MaskSource, make_edit, read_init
-from sampling.outpainting import (
-    OUTPAINTING_STREAM,
-    Margins,
-    fill,
-    new_canvas,
-    parse_margins,
-    plan_windows,
-    window_known,
-)
+from sampling.outpainting import Margins, draw_canvas, new_canvas, parse_margins, plan_windows
 from sampling.request import Request
 from sampling.runner import PruneShares, RequestRunner, drawn_size
 from sampling.settings import SamplingSettings, SettingsOverrides, override
@@ -217,7 +208,7 @@ class Pipeline(RequestRunner):
                   edits combined); or None: no ranking, images come in the order of their index.
                 - init, mask, keep_rows, keep, seam: edit an image; see `EditOptions`.
                 - prune_keep, prune_after: go on with this share of the candidates after this share of the image, by
-                  the likelihood so far (defaults 1, all, and 0.5).
+                  the likelihood so far among those drawn together (defaults 1, all, and 0.5).
                 - on_progress: called with image tokens drawn so far and in all.
                 - on_warning: called with one line where something does not fit (default `warnings.warn`).
 
@@ -352,37 +343,35 @@ class Pipeline(RequestRunner):
         self._warn_of_guidance([request], on_warning)
         windows = plan_windows(grid, margins, step=step)
         given = read_init(vae, drawn_size(self.prior, vae), init, on_warning)
-        canvas = new_canvas(given.codes.expand(n, -1, -1), margins)
-        count = request.num_candidates
-        text_ids = self.text_ids([request.prompt]).expand(count, -1)
-        for number, window in enumerate(windows):
-            sampled = sample_codes(
-                self.decoder,
-                text_ids,
-                settings=request.settings,
-                seeds=torch.full((count,), seed),
-                image_index=torch.arange(count),
-                forced=forced_codes([known for known in window_known(canvas, window) for _ in range(per_image)]),
-                stream=OUTPAINTING_STREAM + number,
-                max_rows=self.max_rows,
-            )
-            fits = sampled.context_log_likelihood.reshape(n, per_image).argmax(dim=1)  # [n]
-            chosen = sampled.codes.reshape(n, per_image, *grid)[torch.arange(n), fits]
-            canvas = fill(canvas, window, chosen.cpu())
+        num_tokens = request.num_candidates * layout.image_len  # of one window
+
+        def tell(num_windows: int) -> None:
             if on_progress is not None:
-                on_progress((number + 1) * count * layout.image_len, len(windows) * count * layout.image_len)
-        pixels = self.decode(canvas.codes)  # uint8 [n, 3, H', W']
+                on_progress(num_windows * num_tokens, len(windows) * num_tokens)
+
+        drawn = draw_canvas(
+            self.decoder,
+            new_canvas(given.codes.expand(n, -1, -1), margins),
+            windows,
+            self.text_ids([request.prompt])[0],
+            settings=request.settings,
+            seed=seed,
+            num_candidates=per_image,
+            max_rows=self.max_rows,
+            on_window=tell,
+        )
+        pixels = self.decode(drawn.codes)  # uint8 [n, 3, H', W']
         return [
             GeneratedImage(
                 image=pixels[index].permute(1, 2, 0).contiguous().numpy(),
-                codes=canvas.codes[index].numpy(),
+                codes=drawn.codes[index].numpy(),
                 prompt=request.prompt,
                 seed=seed,
                 image_index=index,
                 rank=index,
                 candidates=per_image,
                 scorer=None if per_image == 1 else "context",
-                scores={},
+                scores={"context": float(drawn.context_log_likelihood[index])},
                 settings=request.settings,
                 model_sha256=self.model_sha256,
                 precision=self.decoder.weights,

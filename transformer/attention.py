@@ -165,16 +165,14 @@ def why_not_triton(*, device: torch.device, head_dim: int, dtype: torch.dtype) -
     return None
 
 
-def matmul_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None = None
-) -> Tensor:
+def matmul_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale: float | None = None) -> Tensor:
     """Attention written out: two matrix products around a softmax in fp32.
 
     Args:
         query: [B, H, Nq, D].
         key: [B, Hkv, Nk, D].
         value: [B, Hkv, Nk, D].
-        mask: bool [Nq, Nk], True where attention is allowed, every row with at least one True; None allows all.
+        mask: bool [Nq, Nk], True where attention is allowed, every row with at least one True.
         scale: factor of the scores; None is 1/sqrt(D).
 
     Returns:
@@ -182,8 +180,7 @@ def matmul_attention(
     """
     key, value = _for_each_query_head(key, query), _for_each_query_head(value, query)
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)  # [B, H, Nq, Nk]
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 

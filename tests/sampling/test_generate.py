@@ -277,6 +277,26 @@ def test_outpaint_extends_each_prompt(
     assert (tmp_path / "sheet-a-red-star-3.png").is_file()
 
 
+def test_outpaint_chooses_among_candidates_and_writes_their_sheet(
+    model_folder: Path, tmp_path: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--init", files["photo"], "--outpaint", "right=3", "-n", "2", "--best-of", "4"]
+    lines = run_as_json(capsys, model_folder, tmp_path, *arguments)
+    assert [line["candidates"] for line in lines] == [2, 2]
+    assert all(line["scorer"] == "context" and line["scores"]["context"] < 0 for line in lines)
+    assert (tmp_path / "sheet-a-red-star-0.png").is_file()
+
+
+def test_a_mask_may_be_a_rectangle(
+    model_folder: Path, tmp_path: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def drawn_with(mask: str) -> np.ndarray:
+        (line,) = run_as_json(capsys, model_folder, tmp_path / str(len(mask)), "--init", files["photo"], "--mask", mask)
+        return pixels(Path(line["path"]))
+
+    assert np.array_equal(drawn_with("9,5,18,9"), drawn_with(files["mask"])), "left, top, right, bottom of the mask"
+
+
 def test_grid_makes_an_image_for_each_combination_and_a_sheet(
     model_folder: Path, pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sampling import pipeline as pipeline_module
+from sampling import outpainting
 from sampling.editing import cells_to_draw, known_share
 from sampling.generated_image import GeneratedImage
 from sampling.outpainting import Margins
@@ -149,7 +149,7 @@ def test_wrong_arguments_of_outpainting_are_refused(
 def test_outpainting_goes_on_with_the_candidate_that_fits_what_is_known(pipeline: Pipeline) -> None:
     init = pipeline("a red star", seed=1)[0].image
     drawn = []
-    steps = pipeline_module.sample_codes
+    steps = outpainting.sample_codes
 
     def remember(*arguments, **options):
         sampled = steps(*arguments, **options)
@@ -157,7 +157,7 @@ def test_outpainting_goes_on_with_the_candidate_that_fits_what_is_known(pipeline
         return sampled
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline_module, "sample_codes", remember)
+        patch.setattr(outpainting, "sample_codes", remember)
         images = pipeline.outpaint("a red star", init=init, margins="left=2", n=2, best_of=6)
     assert [image.candidates for image in images] == [3, 3]
     (window,) = drawn
@@ -165,5 +165,7 @@ def test_outpainting_goes_on_with_the_candidate_that_fits_what_is_known(pipeline
     expected = window.codes.reshape(2, 3, 4, 6)[torch.arange(2), best]
     for image, codes in zip(images, expected, strict=True):
         assert np.array_equal(image.codes[:, :2], codes[:, :2].numpy())
+    fits = window.context_log_likelihood.reshape(2, 3).amax(dim=1).tolist()
+    assert [image.scores["context"] for image in images] == pytest.approx(fits)
     with pytest.raises(UserError, match="best_of is 5, expected a multiple of n = 2"):
         pipeline.outpaint("a red star", init=init, margins="left=2", n=2, best_of=5)
