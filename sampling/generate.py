@@ -199,8 +199,9 @@ def _check(
         raise UserError("--scorer context asks how well what is kept of --init fits what is drawn: give --init")
     for flag in ("init", "mask"):
         path = getattr(arguments, flag)
-        is_rectangle = flag == "mask" and path is not None and parse_rectangle(path) is not None
-        if path is not None and not is_rectangle and not Path(path).is_file():
+        if path is None or (flag == "mask" and parse_rectangle(path) is not None):
+            continue
+        if not Path(path).is_file():
             raise UserError(f"--{flag} {path}: there is no such file, expected an image")
     override(SamplingSettings(), _overrides(arguments))
     num_candidates = arguments.n if arguments.best_of is None else arguments.best_of
