@@ -6,25 +6,14 @@ Writes a picture with one tile per code and, beside it, a JSON file with the cou
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
 from dvae.model import DiscreteVAE, load
 from dvae.reconstruct import decode_grids, encode_images
@@ -39,6 +28,7 @@ from tessera.errors import UserError
 from tessera.model_folder import ModelFolder, short_sha256
 from tessera.one_line_parser import OneLineParser
 from tessera.precision import Precision, resolve_device, resolve_precision
+from tessera.progress import counting
 
 # K codebook size, n shown codes, f side in pixels of what one code stands for, s side of a field of codes.
 
@@ -233,7 +223,7 @@ def _count(
     except ValueError as error:
         raise UserError(f"--image-size: {error}") from error
     try:
-        with _bar("reading") as on_progress:
+        with counting("reading") as on_progress:
             corpus = open_corpus(
                 arguments.path if is_given else trained_on,
                 image_size=(height, width),
@@ -247,7 +237,7 @@ def _count(
             raise
         print(f"tessera: uses are not counted: {error}", file=sys.stderr)
         return None
-    with _bar("counting") as on_progress:
+    with counting("counting codes") as on_progress:
         counts = count_uses(vae, corpus, precision=precision, on_progress=on_progress)
     usage = usage_of_counts(torch.from_numpy(counts))
     figures = {
@@ -261,22 +251,6 @@ def _count(
         "dead_codes": usage.dead,
     }
     return _Counted(counts, f"{len(corpus):,} training images of {corpus.name}, {height}x{width} px", figures)
-
-
-class _RateColumn(ProgressColumn):
-    """Images per second."""
-
-    def render(self, task: Task) -> Text:
-        return Text("" if not task.speed else f"{task.speed:,.0f} images/s", style="progress.data.speed")
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[OnProgress]:
-    console = Console(stderr=True)
-    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _sides(text: str) -> tuple[int, int]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from dvae.pixels import to_float, to_pixels
 from dvae.similarity import psnr, ssim
 from dvae.usage import UsageWindow
 from tessera.training.optim import OptimizerConfig
+from tessera.training.pictures import log_picture
 
 # B batch, H W image pixels, h w code grid.
 
@@ -64,9 +64,10 @@ class DiscreteVAELit(pl.LightningModule):
         self._window.add(losses.result.codes)
         # Lightning's bookkeeping of a dozen values took several milliseconds of every step
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.log_dict({"loss": losses.total, **losses.terms, **losses.schedule})
+            self.log_dict({"loss": losses.total, **losses.terms}, sync_dist=True)
+            self.log_dict(losses.schedule)
             pixels = to_pixels(losses.result.output.detach(), self.model.config.pixels)
-            self.log("psnr", psnr(pixels, images).mean())
+            self.log("psnr", psnr(pixels, images).mean(), sync_dist=True)
             self._log_usage()
         return losses.total
 
@@ -77,17 +78,10 @@ class DiscreteVAELit(pl.LightningModule):
         self.log_dict(figures, batch_size=len(images))
         # here and not at the end of validation, when the averaged weights have left again
         if batch_idx == 0 and self._show is not None:
-            self._log_picture(self._show(self.global_step, self.model))
+            log_picture(self, "reconstructions", self._show(self.global_step, self.model))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.objective.build_optimizer(self.model, self.optim)
-
-    def _log_picture(self, picture: NDArray[np.uint8]) -> None:
-        for logger in self.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("reconstructions", picture, self.global_step, dataformats="HWC")
-            elif isinstance(logger, WandbLogger):
-                logger.log_image("reconstructions", [picture], step=self.global_step)
 
     def _log_usage(self) -> None:
         usage = self._window.usage()

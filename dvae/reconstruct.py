@@ -21,9 +21,8 @@ from dvae.model import DiscreteVAE, DiscreteVAEConfig, load
 from dvae.pixels import to_float, to_uint8
 from dvae.sheets import most_rows, sheet, sheet_of_rows
 from dvae.similarity import psnr, ssim
-from tessera.data.images import ImageError, fit_to, open_image, save_png
+from tessera.data.images import IMAGE_SUFFIXES, ImageError, fit_to, open_image, save_png
 from tessera.data.shards import batches
-from tessera.data.sources import IMAGE_SUFFIXES
 from tessera.errors import UserError
 from tessera.model_folder import ModelFolder, short_sha256
 from tessera.one_line_parser import OneLineParser

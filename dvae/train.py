@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from dvae.schedule import ScheduleConfig
 from dvae.sheets import most_rows, sheet_of_rows
 from dvae.similarity import psnr, ssim
 from dvae.usage import code_usage
-from tessera.config import load, to_plain
+from tessera.config import from_plain, load, to_plain
 from tessera.data.config import DataConfig
-from tessera.data.corpus import load_images
+from tessera.data.corpus import LazyImages, open_images
 from tessera.data.images import save_png
 from tessera.data.order import SampleKey, mix
 from tessera.data.shards import batches
@@ -34,6 +34,7 @@ from tessera.model_folder import ModelFolder, write_part
 from tessera.precision import autocast, resolve_device, resolve_precision
 from tessera.training import stage
 from tessera.training.optim import OptimizerConfig
+from tessera.training.processes import first_goes_ahead, is_first, join, on_first
 from tessera.training.run import TrainerConfig, run_training
 
 # N images, H W pixels.
@@ -70,6 +71,8 @@ class TrainConfig:
     """train on square crops of this many pixels, a multiple of the downsampling; null for whole pictures"""
     crop_candidates: int = 3
     """crops drawn per picture, of which the one with the largest variance is used"""
+    init_from: str | None = None
+    """model folder whose dvae the training starts from; null begins with new weights"""
     out: str = "my-model"
     """model folder that receives the dvae part"""
     run_dir: str = "runs/dvae"
@@ -77,13 +80,13 @@ class TrainConfig:
 
 
 class ImageBatches:
-    """A `BatchSource` over images in memory, mirrored and cropped at random.
+    """A `BatchSource` over images, mirrored and cropped at random.
 
     Most of a picture is often flat. Of several crops that are drawn, the one with the largest variance is trained on:
     the same number of pixels holds more that there is to learn.
 
     Args:
-        images: uint8 [N, H, W, 3].
+        images: uint8 [N, H, W, 3], in memory, on the disk, or decoded as they are asked for.
         flip: mirror half of the draws left to right.
         crop: side in pixels of the square crops, at most H and W; None for whole images.
         crop_candidates: crops drawn per image.
@@ -93,7 +96,7 @@ class ImageBatches:
 
     def __init__(
         self,
-        images: NDArray[np.uint8],
+        images: NDArray[np.uint8] | LazyImages,
         *,
         flip: bool = False,
         crop: int | None = None,
@@ -107,31 +110,32 @@ class ImageBatches:
         return len(self.images)
 
     def batch(self, keys: Sequence[SampleKey]) -> dict[str, torch.Tensor]:
-        rows = [key.index for key in keys]
+        chosen = np.asarray(self.images[[key.index for key in keys]])  # [B, H, W, 3], a copy
         seeds = np.array([key.seed for key in keys])
-        chosen = self.images[rows] if self.crop is None else self._crops(rows, seeds, self.crop)  # [B, h, w, 3], a copy
+        if self.crop is not None:
+            chosen = self._crops(chosen, seeds, self.crop)  # [B, h, w, 3]
         if self.flip:
             mirrored = (seeds & 1).astype(bool)
             chosen[mirrored] = chosen[mirrored, :, ::-1]
         return {"images": torch.from_numpy(chosen)}
 
-    def _crops(self, rows: list[int], seeds: NDArray[np.int64], side: int) -> NDArray[np.uint8]:
-        height, width = self.images.shape[1:3]
+    def _crops(self, pictures: NDArray[np.uint8], seeds: NDArray[np.int64], side: int) -> NDArray[np.uint8]:
+        count, height, width = pictures.shape[:3]
         candidate = np.arange(self.crop_candidates)
         top = mix(seeds[:, None], 2 * candidate) % np.uint64((height - side) // self.crop_step + 1)  # [B, candidates]
         left = mix(seeds[:, None], 2 * candidate + 1) % np.uint64((width - side) // self.crop_step + 1)
         top, left = top * np.uint64(self.crop_step), left * np.uint64(self.crop_step)
         # a few pixels of all candidates at once: enough to compare them
         steps = np.arange(0, side, 4)
-        rows_array = np.array(rows)
+        places = np.arange(count)
         ys = (top[..., None].astype(np.int64) + steps)[..., :, None]  # [B, candidates, side / 4, 1]
         xs = (left[..., None].astype(np.int64) + steps)[..., None, :]
-        thinned = self.images[rows_array[:, None, None, None], ys, xs].astype(np.float32)
+        thinned = pictures[places[:, None, None, None], ys, xs].astype(np.float32)
         best = thinned.var(axis=(2, 3)).sum(axis=-1).argmax(axis=1)  # [B]
-        chosen = np.empty((len(rows), side, side, 3), np.uint8)
-        for place, (row, index) in enumerate(zip(rows, best, strict=True)):
+        chosen = np.empty((count, side, side, 3), np.uint8)
+        for place, index in enumerate(best):
             y, x = int(top[place, index]), int(left[place, index])
-            chosen[place] = self.images[row, y : y + side, x : x + side]
+            chosen[place] = pictures[place, y : y + side, x : x + side]
         return chosen
 
 
@@ -174,23 +178,36 @@ def train(config: TrainConfig) -> dict[str, Any]:
         UserError: if sizes or losses do not fit together, or the corpus cannot be used.
         KeyboardInterrupt: after saving, when the user interrupted.
     """
+    processes = join(config.trainer.device)
     run_dir, folder = Path(config.run_dir), Path(config.out)
-    check_sizes(config)
-    train_corpus = config.data.open("train")
-    finished = stage.begin(run_dir, config, inputs={"corpus": train_corpus.fingerprint()})
-    if finished is not None and _is_exported(folder, finished["sha256"]):
-        return finished
-    images = load_images(train_corpus, directory=config.data.cache_path)
+    begins_with = None
+    if config.init_from is not None:
+        begins_with = stage.weights_to_start_from(config.init_from, "dvae")
+        sizes = from_plain(DiscreteVAEConfig, begins_with.config("dvae"), source=f"{begins_with.path}/dvae/config.yaml")
+        config = replace(config, model=sizes)
+    check_sizes(config, num_processes=processes.world_size)
+    with first_goes_ahead():
+        train_corpus = config.data.open("train")
+        inputs = {"corpus": train_corpus.fingerprint()}
+        if begins_with is not None:
+            inputs["init_from"] = begins_with.part_sha256("dvae")
+        finished = stage.begin(run_dir, config, inputs=inputs)
+        if finished is not None and _is_exported(folder, finished["sha256"]):
+            return finished
+        images = open_images(train_corpus, directory=config.data.cache_path, most_gib=config.data.cache_gib)
     if isinstance(images, np.memmap) and images.nbytes <= _HELD_IN_MEMORY_BYTES:
         images = np.array(images)  # pages of a mapped file may be dropped and read again at every epoch
     measured_on = "held-out"
     try:
         held_out = config.data.open("validation")
-        validation_images = load_images(held_out, directory=config.data.cache_path)[:_MEASURED_IMAGES].copy()
+        held_out_images = open_images(held_out, directory=config.data.cache_path, most_gib=config.data.cache_gib)
+        validation_images = np.array(held_out_images[:_MEASURED_IMAGES])
     except UserError:  # a handful of images leaves none to hold out
-        validation_images, measured_on = images[:_MEASURED_IMAGES], "training"
+        validation_images, measured_on = np.asarray(images[:_MEASURED_IMAGES]), "training"
     torch.manual_seed(config.trainer.seed)
     model = DiscreteVAE(config.model)
+    if begins_with is not None:
+        stage.start_from(model, begins_with, "dvae")
     objective = objective_of(config)
     batch_size = min(config.trainer.batch_size, images_per_forward(config.model, *config.data.image_size))
     validation = [
@@ -198,7 +215,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
         for b in list(batches(len(validation_images), batch_size))[:_VALIDATION_BATCHES]
     ]
     result = run_training(
-        DiscreteVAELit(model, objective, optim=config.optim, show=_painter(run_dir, validation_images, config)),
+        DiscreteVAELit(
+            model,
+            objective,
+            optim=config.optim,
+            show=_painter(run_dir, validation_images, config) if processes.is_first else None,
+        ),
         ImageBatches(
             images,
             flip=config.flip,
@@ -214,30 +236,35 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     model = model.to(resolve_device(config.trainer.device)).eval()
     metrics = measure(model, validation_images, precision=config.trainer.precision)
-    _save_codebook(run_dir, model, validation_images, config, source=f"{len(validation_images):,} {measured_on} images")
-    sha256 = write_part(
-        folder,
-        "dvae",
-        config=to_plain(config.model),
-        tensors=model.state_dict(),
-        metadata={
-            "image_size": list(config.data.image_size),
-            "corpus": train_corpus.name,
-            "images": len(images),
+
+    def export() -> dict[str, Any]:
+        shown = f"{len(validation_images):,} {measured_on} images"
+        _save_codebook(run_dir, model, validation_images, config, source=shown)
+        sha256 = write_part(
+            folder,
+            "dvae",
+            config=to_plain(config.model),
+            tensors=model.state_dict(),
+            metadata={
+                "image_size": list(config.data.image_size),
+                "corpus": train_corpus.name,
+                "images": len(images),
+                "steps": result.steps,
+                "measured": metrics,
+                "measured_on": measured_on,
+            },
+        )
+        finished = {
             "steps": result.steps,
-            "measured": metrics,
-            "measured_on": measured_on,
-        },
-    )
-    finished = {
-        "steps": result.steps,
-        "skipped_steps": int(result.metrics.get("skipped_steps", 0)),
-        "seconds": result.seconds,
-        "metrics": metrics,
-        "sha256": sha256,
-    }
-    stage.finish(run_dir, finished)
-    return finished
+            "skipped_steps": int(result.metrics.get("skipped_steps", 0)),
+            "seconds": result.seconds,
+            "metrics": metrics,
+            "sha256": sha256,
+        }
+        stage.finish(run_dir, finished)
+        return finished
+
+    return on_first(export)
 
 
 def _painter(
@@ -283,8 +310,8 @@ def objective_of(config: TrainConfig) -> Objective:
     return Objective(loss=loss, schedule=config.schedule, adversarial=config.adversarial, lpips=lpips)
 
 
-def check_sizes(config: TrainConfig) -> None:
-    """Raises UserError where image size, crops, downsampling and losses do not fit together."""
+def check_sizes(config: TrainConfig, *, num_processes: int = 1) -> None:
+    """Raises UserError where image size, crops, downsampling, losses and trainer do not fit together."""
     height, width = config.data.image_size
     f = config.model.downsampling
     if height % f or width % f:
@@ -305,6 +332,13 @@ def check_sizes(config: TrainConfig) -> None:
             f"a discriminator of {config.adversarial.layers} layers needs pictures of at least "
             f"{2**config.adversarial.layers} pixels a side; got {side}: set adversarial.layers"
         )
+    if config.trainer.checkpoint_activations:
+        raise UserError("trainer.checkpoint_activations is for the prior; a dvae needs less with trainer.accumulate")
+    if config.adversarial.is_on and config.adversarial.adaptive and num_processes > 1:
+        raise UserError(
+            f"adversarial.adaptive weighs by gradients that {num_processes} processes do not share: set "
+            "adversarial.adaptive=false, or train in one process"
+        )
     if config.adversarial.is_on and config.adversarial.adaptive and config.trainer.compile:
         raise UserError(
             "adversarial.adaptive goes backward several times, which compiled models cannot: set "
@@ -323,6 +357,8 @@ def main(argv: Sequence[str]) -> int:
     """The command."""
     config = load(TrainConfig, argv, prog="tessera train-dvae")
     result = train(config)
+    if not is_first():
+        return 0
     shown = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
     skipped = f" ({result['skipped_steps']:,} of them skipped)" if result["skipped_steps"] else ""
     print(f"dvae in {config.out}: {result['steps']:,} steps{skipped}, {result['seconds']:,.0f} s, {shown}")

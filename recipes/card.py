@@ -78,17 +78,23 @@ def model_card(
         + ", ".join(f"{name} {value:,.0f} s" for name, value in seconds.items())
         + f". Seed {plan.prior.trainer.seed}.",
         "",
+        *_origin(plan),
         "## Sampling settings",
         "",
         ", ".join(f"{name} {value}" for name, value in settings.items()) + f". Chosen by: {tuning}.",
         "",
         "## Measured",
         "",
-        *_measured(folder, figures),
+        *_measured(folder, figures, is_frozen="dvae" not in plan.stages),
         "",
         "## License",
         "",
-        _LICENSES.get(plan.data.path, "As your images: their license, and the rights of those whom they show."),
+        _LICENSES.get(plan.data.path, "As your images: their license, and the rights of those whom they show.")
+        + (
+            f" What holds for {plan.origin.name}, which this model goes on from, holds for it too."
+            if plan.origin
+            else ""
+        ),
         "",
         f"Written by tessera {versions.get('tessera', '')}, torch {versions.get('torch', '')}.",
         "",
@@ -96,12 +102,23 @@ def model_card(
     return "\n".join(lines)
 
 
-def _measured(folder: ModelFolder, figures: Mapping[str, Any] | None) -> list[str]:
-    vae = folder.metadata("dvae")["measured"]
-    lines = [
-        f"- dVAE on validation images: psnr {vae['psnr']:.2f} dB, ssim {vae['ssim']:.3f}, "
-        f"codebook usage {vae['codebook_usage']:.1%}, perplexity {vae['perplexity']:,.0f}"
-    ]
+def _origin(plan: Plan) -> list[str]:
+    """The model that this one goes on from, and what of it is as it was."""
+    if plan.origin is None:
+        return []
+    frozen = "its text tokenizer" if plan.origin.train_dvae else "its dVAE and its text tokenizer"
+    return [f"Fine-tuned from {plan.origin.name}, sha256 `{plan.origin.sha256}`; {frozen} unchanged.", ""]
+
+
+def _measured(folder: ModelFolder, figures: Mapping[str, Any] | None, *, is_frozen: bool) -> list[str]:
+    lines = []
+    vae = folder.metadata("dvae").get("measured")
+    if vae is not None:
+        whose = f" of {folder.metadata('dvae')['corpus']}" if is_frozen else ""
+        lines.append(
+            f"- dVAE on validation images{whose}: psnr {vae['psnr']:.2f} dB, ssim {vae['ssim']:.3f}, "
+            f"codebook usage {vae['codebook_usage']:.1%}, perplexity {vae['perplexity']:,.0f}"
+        )
     measured = folder.metadata("prior")["measured"]
     if "val_image_loss" in measured:
         lines.append(

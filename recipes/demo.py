@@ -20,7 +20,6 @@ from recipes.fit import Fitted, example_prompt, fit, say
 from recipes.ledger import Ledger
 from recipes.plan import STAGES, evaluation_seconds_per_image
 from recipes.plan_table import clock
-from recipes.progress import counting
 from recipes.report import render_report
 from recipes.run_folder import Request, RunFolder
 from tessera.atomic_write import atomic_write
@@ -28,6 +27,7 @@ from tessera.errors import UserError, run_command
 from tessera.model_folder import ModelFolder, write_card
 from tessera.one_line_parser import OneLineParser
 from tessera.precision import describe_hardware, versions
+from tessera.progress import counting
 
 DEFAULT_MINUTES = 10.0
 DEFAULT_PROMPTS = 160

@@ -1,17 +1,18 @@
 """`tessera evaluate MODEL PATH`: what a model is worth on captioned images, in figures.
 
 On any corpus: how well the dVAE reconstructs, what the prior predicts and how much of that it owes to the captions,
-how often the scorer finds the caption that belongs to an image. On `scenes`, also how often pictures show what their
-prompt says, as a parser reads them.
+how often the scorer finds the caption that belongs to an image; if asked for, how many samples are copies of training
+pictures. On `scenes`, also how often pictures show what their prompt says, as a parser reads them.
 """
 
+import argparse
 import json
 import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from recipes.accuracy import (
     single,
     tally,
 )
-from recipes.progress import counting
+from recipes.memorization import Memorization, memorization, memorization_line
 from sampling.arguments import add_device_argument, add_precision_argument
 from sampling.pipeline import Pipeline
 from sampling.runner import drawn_size
@@ -41,11 +42,13 @@ from scorer.train import measure as measure_scorer
 from tessera.atomic_write import atomic_write
 from tessera.data.config import DataConfig
 from tessera.data.corpus import Corpus
+from tessera.data.images import save_png
 from tessera.data.shards import batches
 from tessera.errors import UserError, run_command
 from tessera.model_folder import short_sha256
 from tessera.one_line_parser import OneLineParser
 from tessera.precision import describe_hardware, versions
+from tessera.progress import counting
 from transformer.lit import prior_loss
 
 # N images, T text positions, I image positions.
@@ -205,6 +208,8 @@ def summary_lines(figures: dict[str, Any]) -> list[str]:
     if "scorer" in figures:
         scorer = figures["scorer"]
         lines.append(f"scorer  recall@1 {scorer['recall_at_1']:.1%} among {scorer['among']} captions")
+    if "memorized" in figures:
+        lines.append(memorization_line(figures["memorized"]))
     if "accuracy" in figures:
         lines += ["", *accuracy_lines(figures["accuracy"])]
     return lines
@@ -232,6 +237,9 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--minutes must be positive and finite, got {arguments.minutes:g}")
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise UserError(f"--json {arguments.json}: its folder does not exist")
+    nearest = arguments.nearest
+    if nearest is not None and (nearest.is_dir() or nearest.parent.is_file() or nearest.suffix.lower() != ".png"):
+        raise UserError(f"--nearest must name a .png file in a folder; got {nearest}")
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     data = DataConfig(path=arguments.path, seed=arguments.seed, font=arguments.font)
     with counting("judging prompts") as on_progress:
@@ -246,12 +254,25 @@ def main(argv: Sequence[str]) -> int:
             deadline=deadline,
             on_progress=on_progress,
         )
+    if nearest is not None:
+        memorized = _memorization(arguments, data)
+        result.figures["memorized"] = memorized.figures
+        save_png(nearest, memorized.sheet, {"tessera": json.dumps({"model": arguments.model, **memorized.figures})})
     print(f"{arguments.model} ({short_sha256(result.figures['model_sha256'])}) on {result.figures['images']:,} images")
     print("\n".join(summary_lines(result.figures)))
     if arguments.json is not None:
         with atomic_write(arguments.json) as temporary:
             temporary.write_text(json.dumps(result.figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
+
+
+def _memorization(arguments: argparse.Namespace, data: DataConfig) -> Memorization:
+    pipeline = Pipeline.load(arguments.model, device=arguments.device, precision=arguments.precision)
+    data = replace(data, image_size=drawn_size(pipeline.prior, pipeline.vae))
+    with counting("looking for copies") as on_progress:
+        return memorization(
+            pipeline, data.open("train"), data.open("validation"), seed=arguments.seed, on_progress=on_progress
+        )
 
 
 def _parser() -> OneLineParser:
@@ -261,6 +282,13 @@ def _parser() -> OneLineParser:
         "path", metavar="PATH", help="scenes, emoji, a folder of captioned images or a manifest: its validation split"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as one JSON object")
+    parser.add_argument(
+        "--nearest",
+        type=Path,
+        metavar="SHEET.png",
+        help="draw samples beside the most similar training pictures, and measure how many are copies; "
+        "PATH must be what the model was trained on",
+    )
     parser.add_argument(
         "--prompts", type=int, default=300, metavar="N", help="scenes: prompts of each split (default: 300)"
     )

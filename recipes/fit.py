@@ -22,10 +22,10 @@ from dvae.reconstruct import decode_grids
 from dvae.train import train as train_dvae
 from recipes.card import model_card
 from recipes.ledger import Ledger
+from recipes.origin import Origin, check_apart, open_base, take_over
 from recipes.plan import STAGES, DataFacts, Plan, placed, seconds_for
 from recipes.plan_table import clock, plan_lines
 from recipes.planning import BUILT_IN, Say, make_plan, open_training_split
-from recipes.progress import counting
 from recipes.run_folder import (
     DATA_FOLDER,
     DEFAULT_MINUTES,
@@ -35,17 +35,21 @@ from recipes.run_folder import (
     RunFolder,
     Stored,
     check_ours,
+    check_sha256,
     start_over,
 )
 from recipes.tune import Tuned, tune
 from scorer.batches import Reconstruct
 from scorer.train import train as train_scorer
-from tessera.data.corpus import Corpus, load_images
+from tessera.data.corpus import Corpus, open_images
+from tessera.data.reading import HUB_PREFIX
 from tessera.data.shards import TokenShards
+from tessera.data.source import EXPECTED
 from tessera.errors import UserError, run_command
 from tessera.model_folder import INDEX_FILE, ModelFolder, write_card, write_sampling_defaults
 from tessera.one_line_parser import OneLineParser
 from tessera.precision import describe_hardware, resolve_device, resolve_precision, versions
+from tessera.progress import counting
 from tessera.training.run import TrainerConfig
 from transformer.train import train as train_prior
 
@@ -89,6 +93,8 @@ def fit(
         KeyboardInterrupt: after saving; the same call goes on.
     """
     run = RunFolder(run_dir)
+    if request.init_from is not None:
+        check_apart(request.init_from, out, run_dir)
     if fresh:
         check_ours(out, run_dir)
     if run.is_planned and not fresh:
@@ -102,6 +108,8 @@ def fit(
             if ModelFolder.open(out).sha256 != finished:
                 say(f"{out} has changed since it was finished: a part was trained again, or settings were written")
             return Fitted(plan, facts, tuned, ledger, reused=True)
+        if request.init_from is not None:
+            check_sha256(request, open_base(request.init_from).origin.sha256)
         say(f"going on with {run_dir}: {clock(ledger.total_before)} of {clock(plan.minutes * 60)} minutes are spent")
         corpus = open_training_split(plan.data, say)
         if corpus.fingerprint() != stored.fingerprint:
@@ -126,7 +134,7 @@ def fit(
         ledger = Ledger(run_dir / LEDGER_FILE, started=started)
         ledger.spent["planning"] = ledger.total
     with ledger.phase("data"), counting("reading images") as on_progress:
-        load_images(corpus, directory=plan.data.cache_path, on_progress=on_progress)
+        open_images(corpus, directory=plan.data.cache_path, most_gib=plan.data.cache_gib, on_progress=on_progress)
     try:
         tuned = _run_stages(plan, request, ledger, run, out, say)
     finally:
@@ -149,17 +157,21 @@ def _run_stages(plan: Plan, request: Request, ledger: Ledger, run: RunFolder, ou
     def with_budget(stage: str, trainer: TrainerConfig) -> TrainerConfig:
         if any(override.startswith(f"{stage}.trainer.budget_seconds=") for override in request.overrides):
             return trainer
-        return replace(trainer, budget_seconds=ledger.budget(stage, seconds_for(stage, left())))
+        seconds = seconds_for(stage, left(), stages=plan.stages)
+        return replace(trainer, budget_seconds=ledger.budget(stage, seconds))
 
     def announce(what: str) -> None:
         say(f"{clock(left())} left  {what}")
 
-    announce("training the dVAE")
-    with ledger.phase("dvae"):
-        result = train_dvae(replace(plan.dvae, trainer=with_budget("dvae", plan.dvae.trainer)))
-    measured = result["metrics"]
-    usage = measured["codebook_usage"]
-    say(f"           {result['steps']:,} steps, {measured['psnr']:.2f} dB, codebook usage {usage:.1%}")
+    if plan.origin is not None:
+        take_over(plan.origin, out)
+    if "dvae" in plan.stages:
+        announce("training the dVAE")
+        with ledger.phase("dvae"):
+            result = train_dvae(replace(plan.dvae, trainer=with_budget("dvae", plan.dvae.trainer)))
+        measured = result["metrics"]
+        usage = measured["codebook_usage"]
+        say(f"           {result['steps']:,} steps, {measured['psnr']:.2f} dB, codebook usage {usage:.1%}")
     announce("encoding the images")
     with ledger.phase("encode"):
         encode(plan.encode)
@@ -179,11 +191,18 @@ def _run_stages(plan: Plan, request: Request, ledger: Ledger, run: RunFolder, ou
     if tuned is None:
         announce("tuning the sampling settings")
         with ledger.phase("tuning"):
-            tuned = tune(out, plan.data, seconds=seconds_for("tuning", left()), device=request.device)
+            seconds = seconds_for("tuning", left(), stages=plan.stages)
+            tuned = tune(out, plan.data, seconds=seconds, device=request.device, **_settings_before(plan.origin))
             run.write_tuning(tuned)
         say(f"           {', '.join(f'{name} {value:g}' for name, value in tuned.settings.items())}")
     write_sampling_defaults(out, tuned.settings)  # also into a folder that was made again beside its run folder
     return tuned
+
+
+def _settings_before(origin: Origin | None) -> dict[str, Any]:
+    """What `tune` takes where there is nothing to tune with: the settings of the model before, if it has any."""
+    settings = ModelFolder.open(origin.path, parts=[]).sampling_defaults() if origin is not None else {}
+    return {"defaults": settings, "whose": f"as {origin.name} has them"} if origin is not None and settings else {}
 
 
 def _reconstruct(plan: Plan, out: Path) -> Reconstruct:
@@ -235,26 +254,27 @@ def image_size(text: str) -> tuple[int, int]:
 def request_of(arguments: argparse.Namespace, run: RunFolder) -> Request:
     """The request of a command line; what it leaves open is as in the run folder, if there is a plan in it."""
     path = arguments.path
-    if path not in BUILT_IN:
+    if path not in BUILT_IN and not path.startswith(HUB_PREFIX):
         if not Path(path).expanduser().exists():
-            raise UserError(
-                f"no data {path!r}: expected scenes, emoji, an existing folder of captioned images, "
-                "or a manifest (.jsonl or .csv)"
-            )
+            raise UserError(f"no data {path!r}: expected scenes, emoji, {EXPECTED}")
         path = str(Path(path).expanduser().resolve())
     for override in arguments.overrides:
         if "=" not in override:
             raise UserError(f"{override!r} is neither an option nor KEY=VALUE; see `tessera fit --help`")
+    base = open_base(arguments.init_from) if arguments.init_from is not None else None
     given: dict[str, Any] = {
         "minutes": arguments.minutes,
-        "image_size": arguments.image_size,
+        "image_size": arguments.image_size or (base.image_size if base is not None else None),
         "device": arguments.device,
         "seed": arguments.seed,
         "font": arguments.font,
         "overrides": tuple(arguments.overrides) or None,
+        "init_from": base.origin.path if base is not None else None,
+        "init_sha256": base.origin.sha256 if base is not None else None,
+        "train_dvae": arguments.train_dvae or None,
     }
     goes_on = run.is_planned and not arguments.fresh and not arguments.dry_run
-    known = asdict(run.read_plan().request) if goes_on else {}
+    known = asdict(run.read_request()) if goes_on else {}
     settings: dict[str, Any] = {
         **known,
         "path": path,
@@ -301,12 +321,12 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="tessera fit",
         description="Train a model on captioned images: dVAE, prior and scorer, sized to data, hardware and time.\n"
-        "After an interruption the same command goes on.",
+        "With --from, train on a model that there is already. After an interruption the same command goes on.",
     )
     parser.add_argument(
         "path",
         metavar="PATH",
-        help="a folder of captioned images (x.png with x.txt, or metadata.jsonl or .csv), a manifest, scenes or emoji",
+        help=f"{EXPECTED}; scenes; emoji",
     )
     parser.add_argument(
         "overrides",
@@ -317,10 +337,26 @@ def _parser() -> OneLineParser:
     )
     parser.add_argument("--out", default="my-model", metavar="DIR", help="model folder to make (default: my-model)")
     parser.add_argument(
+        "--from",
+        dest="init_from",
+        metavar="MODEL",
+        help="start from the weights of this model folder, which is only read: its sizes, its dvae and its text "
+        "tokenizer stay as they are, prior and scorer learn the new images (default: new weights)",
+    )
+    parser.add_argument(
+        "--train-dvae",
+        action="store_true",
+        help="with --from: train its dvae on, too, for pictures of another kind than it has seen; the codes then "
+        "change their meaning, which the prior has to learn again",
+    )
+    parser.add_argument(
         "--minutes", type=float, metavar="M", help=f"time for everything, > 0 (default: {DEFAULT_MINUTES:g})"
     )
     parser.add_argument(
-        "--image-size", type=image_size, metavar="PIXELS", help="side, or HEIGHTxWIDTH, in pixels (default: 64)"
+        "--image-size",
+        type=image_size,
+        metavar="PIXELS",
+        help="side, or HEIGHTxWIDTH, in pixels (default: 64, or as MODEL of --from)",
     )
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--seed", type=int, metavar="S", help="of all that is random, from 0 (default: 0)")

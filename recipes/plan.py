@@ -11,9 +11,12 @@ from typing import NamedTuple
 from dvae.encode import EncodeConfig
 from dvae.model import DiscreteVAEConfig
 from dvae.train import TrainConfig as DVAETrainConfig
+from recipes.estimate_prior import training_memory_gib
+from recipes.origin import Base, Origin
 from scorer.train import TrainConfig as ScorerTrainConfig
 from tessera.data.config import DataConfig
 from tessera.errors import UserError
+from tessera.precision import PrecisionName
 from tessera.training.optim import OptimizerConfig
 from tessera.training.run import TrainerConfig
 from transformer.masks import MaskKind
@@ -24,6 +27,8 @@ STAGES = ("dvae", "encode", "prior", "scorer", "tuning")
 
 # Shares of the training budget. What is left over is slack for what no stage accounts for: imports, saving, the card.
 _SHARES = {"dvae": 0.18, "encode": 0.04, "prior": 0.57, "scorer": 0.12, "tuning": 0.05}
+# Who gets the time of a stage that is skipped.
+_HEIRS = ("prior", "scorer")
 
 # Beyond so many passes a model only learns its images by heart; a few images still need some steps to be learned.
 _MOST_EPOCHS = 400
@@ -94,6 +99,13 @@ PRIOR_ROWS = (
 )
 # Few images fill few codes: (images from which on, levels).
 CODEBOOKS = ((0, (8, 5, 5, 5)), (200_000, (8, 8, 8, 6, 5)))
+_MOST_MEMORY = 0.8  # of what the device has
+# What a stage that starts from a model's weights learns at, as a share of the rate for new weights, and for how many
+# passes at most: it has less to learn, and forgets what it does not see. In 250 steps of 16 out of 225 recolored scenes
+# a prior came from 1.47 to 1.23 nats per held-out token at a tenth of the rate, to 1.60 at three tenths and to 2.03 at
+# all of it; with new weights to 2.99 (benchmarks/finetuning.py).
+CONTINUED_RATE = 0.1
+_MOST_CONTINUED_EPOCHS = 40
 # Compiling takes about half a minute on two cores and makes a step on a CPU a third faster.
 _COMPILE_FROM_SECONDS = 150.0
 COMPILED_SPEEDUP = 1.6
@@ -123,8 +135,8 @@ class Machine:
     """of the device that trains"""
     flops: float
     """measured floating-point operations per second of a large matrix product in the precision of training"""
-    precision: str
-    """bf16 or fp32"""
+    precision: PrecisionName
+    """of training"""
     can_compile: bool = False
     """whether torch.compile has what it needs: on CPUs a C++ compiler"""
 
@@ -163,6 +175,8 @@ class Plan:
     """set aside for measuring the model afterwards"""
     speed: Speed | None = None
     """what was measured when the plan was made; null in a plan without numbers of steps"""
+    origin: Origin | None = None
+    """the model whose weights the training starts from; null begins with new ones"""
 
     def __post_init__(self) -> None:
         if not self.minutes > 0:
@@ -173,6 +187,12 @@ class Plan:
         """The budget without what is set aside for evaluation."""
         return max(1.0, self.minutes * 60 - self.evaluation_seconds)
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Those that there are: a frozen dVAE is not trained."""
+        frozen = ("dvae",) if self.origin is not None and not self.origin.train_dvae else ()
+        return tuple(stage for stage in STAGES if stage not in frozen)
+
 
 def estimate_text_len(captions: Sequence[str]) -> int:
     """Text positions that captions will need, before there is a tokenizer: a multiple of 8, at most 256."""
@@ -181,25 +201,42 @@ def estimate_text_len(captions: Sequence[str]) -> int:
     return int(min(256, max(8, 8 * math.ceil(longest * _WORDS_TO_TOKENS / 8))))
 
 
-def stage_seconds(training_seconds: float) -> dict[str, float]:
+def stage_seconds(training_seconds: float, *, stages: Sequence[str] = STAGES) -> dict[str, float]:
     """How a training budget is shared among the stages, in seconds; what long tuning would take is left unspent."""
-    seconds = {name: share * training_seconds for name, share in _SHARES.items()}
+    seconds = {name: share * training_seconds for name, share in _shares(stages).items()}
     return {**seconds, "tuning": min(seconds["tuning"], _MOST_TUNING_SECONDS)}
 
 
-def seconds_for(stage: str, seconds_left: float) -> float:
+def seconds_for(stage: str, seconds_left: float, *, stages: Sequence[str] = STAGES) -> float:
     """What a stage may take when it begins with so many seconds left for itself, the stages after it and slack.
 
     Whatever earlier stages took too long or left over is shared by the later ones.
     """
-    shares = list(_SHARES.items())[STAGES.index(stage) :]
-    slack = 1 - sum(_SHARES.values())
-    seconds = max(1.0, seconds_left * _SHARES[stage] / (sum(share for _, share in shares) + slack))
+    shares = _shares(stages)
+    slack = 1 - sum(shares.values())
+    later = sum(list(shares.values())[list(shares).index(stage) :])
+    seconds = max(1.0, seconds_left * shares[stage] / (later + slack))
     return min(seconds, _MOST_TUNING_SECONDS) if stage == "tuning" else seconds
 
 
-def draft(data: DataConfig, facts: DataFacts, machine: Machine, *, minutes: float, device: str, seed: int) -> Plan:
-    """Chooses the sizes: the largest that the budget can train long enough on this machine.
+def _shares(stages: Sequence[str]) -> dict[str, float]:
+    """Each stage's share of the training budget, with what the heirs get of stages that are left out."""
+    freed = sum(share for name, share in _SHARES.items() if name not in stages)
+    gain = 1 + freed / sum(_SHARES[name] for name in _HEIRS)
+    return {name: share * (gain if name in _HEIRS else 1.0) for name, share in _SHARES.items() if name in stages}
+
+
+def draft(
+    data: DataConfig,
+    facts: DataFacts,
+    machine: Machine,
+    *,
+    minutes: float,
+    device: str,
+    seed: int,
+    base: Base | None = None,
+) -> Plan:
+    """Chooses the sizes: those of the model that is gone on from, else the largest that the budget can train.
 
     Args:
         data: what to train on.
@@ -208,6 +245,7 @@ def draft(data: DataConfig, facts: DataFacts, machine: Machine, *, minutes: floa
         minutes: the budget for everything.
         device: for every stage.
         seed: for every stage.
+        base: the model to go on from.
 
     Returns:
         A plan without numbers of steps; `timed` fills them in.
@@ -215,6 +253,48 @@ def draft(data: DataConfig, facts: DataFacts, machine: Machine, *, minutes: floa
     Raises:
         UserError: if the image sides do not fit the downsampling.
     """
+    sizes = _affordable(facts, machine, minutes=minutes) if base is None else _continued(base, facts, machine)
+    start = TrainerConfig(device=device, seed=seed, checkpoint_every_seconds=30)
+    plan = Plan(minutes=minutes, data=data, origin=base.origin if base is not None else None)
+    prior_seconds = stage_seconds(minutes * 60, stages=plan.stages)["prior"]
+    scorer = ScorerTrainConfig()
+    plan = replace(
+        plan,
+        dvae=DVAETrainConfig(
+            model=sizes.vae,
+            optim=OptimizerConfig(learning_rate=sizes.vae_row.learning_rate),
+            trainer=replace(start, batch_size=_batch(sizes.vae_row.batch_size, facts)),
+            crop=crop_for(facts.image_size, sizes.vae),
+        ),
+        encode=EncodeConfig(device=device),
+        prior=PriorTrainConfig(
+            model=sizes.prior,
+            optim=OptimizerConfig(learning_rate=sizes.prior_row.learning_rate),
+            trainer=replace(
+                start,
+                batch_size=_batch(sizes.prior_row.batch_size, facts),
+                compile=machine.can_compile and prior_seconds >= _COMPILE_FROM_SECONDS,
+            ),
+            bpe_dropout=sizes.prior_row.bpe_dropout,
+        ),
+        scorer=replace(scorer, trainer=replace(start, batch_size=_batch(scorer.trainer.batch_size, facts))),
+    )
+    if base is not None:
+        plan = _starting_from(base, plan)
+    return placed(plan, out="", run_dir="")
+
+
+class _Sizes(NamedTuple):
+    """What is trained, and the rows whose rates and batches suit it."""
+
+    vae: DiscreteVAEConfig
+    vae_row: DVAERow
+    prior: PriorConfig
+    prior_row: PriorRow
+
+
+def _affordable(facts: DataFacts, machine: Machine, *, minutes: float) -> _Sizes:
+    """The largest rows that the budget can train long enough on this machine."""
     budget = stage_seconds(minutes * 60)
     flops = machine.flops * _UTILIZATION.get(machine.kind, 1.0)
     vae_row = DVAE_ROWS[0]
@@ -232,35 +312,45 @@ def draft(data: DataConfig, facts: DataFacts, machine: Machine, *, minutes: floa
     for row_ in PRIOR_ROWS:
         candidate = _prior_config(row_, layout)
         needed = row_.least_steps * prior_step_flops(candidate, row_.batch_size)
-        fits = prior_memory_gib(candidate, row_.batch_size) <= 0.8 * machine.memory_gib
+        fits = _prior_fits(candidate, row_.batch_size, machine)
         if needed <= flops * budget["prior"] and fits and facts.num_images >= row_.least_images:
             prior_row = row_
-    base = TrainerConfig(device=device, seed=seed, checkpoint_every_seconds=30)
-    plan = Plan(
-        minutes=minutes,
-        data=data,
-        dvae=DVAETrainConfig(
-            model=vae,
-            optim=OptimizerConfig(learning_rate=vae_row.learning_rate),
-            trainer=replace(base, batch_size=_batch(vae_row.batch_size, facts)),
-            crop=crop_for(facts.image_size, vae),
-        ),
-        encode=EncodeConfig(device=device),
-        prior=PriorTrainConfig(
-            model=_prior_config(prior_row, layout),
-            optim=OptimizerConfig(learning_rate=prior_row.learning_rate),
-            trainer=replace(
-                base,
-                batch_size=_batch(prior_row.batch_size, facts),
-                compile=machine.can_compile and budget["prior"] >= _COMPILE_FROM_SECONDS,
-            ),
-            bpe_dropout=prior_row.bpe_dropout,
-        ),
-        scorer=replace(
-            ScorerTrainConfig(), trainer=replace(base, batch_size=_batch(ScorerTrainConfig().trainer.batch_size, facts))
-        ),
+    return _Sizes(vae, vae_row, _prior_config(prior_row, layout), prior_row)
+
+
+def _continued(base: Base, facts: DataFacts, machine: Machine) -> _Sizes:
+    """The sizes of a model to go on from, and the rows next to them, with smaller batches where memory is short."""
+    vae_row = next((row for row in reversed(DVAE_ROWS) if row.widths[0] <= base.vae.widths[0]), DVAE_ROWS[0])
+    prior_row = next((row for row in reversed(PRIOR_ROWS) if row.dim <= base.prior.dim), PRIOR_ROWS[0])
+    batch_size = _batch(prior_row.batch_size, facts)
+    while batch_size > 1 and not _prior_fits(base.prior, batch_size, machine):
+        batch_size //= 2
+    return _Sizes(base.vae, vae_row, base.prior, prior_row._replace(batch_size=batch_size))
+
+
+def _prior_fits(config: PriorConfig, batch_size: int, machine: Machine) -> bool:
+    """Whether the device can train it, with room for what else there is."""
+    needed = training_memory_gib(config, batch_size, kind=machine.kind, precision=machine.precision)
+    return needed <= _MOST_MEMORY * machine.memory_gib
+
+
+def _starting_from(base: Base, plan: Plan) -> Plan:
+    """The plan with weights and rates of stages that go on from a model, and its way to read captions."""
+
+    def gentle(optim: OptimizerConfig) -> OptimizerConfig:
+        return replace(optim, learning_rate=CONTINUED_RATE * optim.learning_rate)
+
+    path = base.origin.path
+    if base.origin.train_dvae:
+        plan = replace(plan, dvae=replace(plan.dvae, init_from=path, optim=gentle(plan.dvae.optim)))
+    if base.scorer is not None:
+        optim = gentle(plan.scorer.optim)
+        plan = replace(plan, scorer=replace(plan.scorer, model=base.scorer, init_from=path, optim=optim))
+    return replace(
+        plan,
+        encode=replace(plan.encode, text_len=base.prior.layout.text_len),
+        prior=replace(plan.prior, init_from=path, optim=gentle(plan.prior.optim)),
     )
-    return placed(plan, out="", run_dir="")
 
 
 def placed(plan: Plan, *, out: str, run_dir: str) -> Plan:
@@ -288,10 +378,18 @@ def timed(plan: Plan, facts: DataFacts, speed: Speed, *, evaluation_images: int 
     wanted = evaluation_images * evaluation_seconds_per_image(speed) + _EVALUATION_START_SECONDS
     set_aside = min(wanted, _MOST_EVALUATION * plan.minutes * 60) if evaluation_images else 0.0
     plan = replace(plan, speed=speed, evaluation_seconds=round(set_aside, 1))
-    budget = stage_seconds(plan.training_seconds)
+    budget = stage_seconds(plan.training_seconds, stages=plan.stages)
 
     def trainer(stage: str) -> TrainerConfig:
-        return with_steps(stage_trainer(plan, stage), facts.num_images, step_seconds(plan, stage), budget[stage])
+        if stage not in budget:
+            return stage_trainer(plan, stage)
+        return with_steps(
+            stage_trainer(plan, stage),
+            facts.num_images,
+            step_seconds(plan, stage),
+            budget[stage],
+            most_epochs=_MOST_EPOCHS if _init_from(plan, stage) is None else _MOST_CONTINUED_EPOCHS,
+        )
 
     return replace(
         plan,
@@ -306,6 +404,10 @@ def stage_trainer(plan: Plan, stage: str) -> TrainerConfig:
     return {"dvae": plan.dvae, "prior": plan.prior, "scorer": plan.scorer}[stage].trainer
 
 
+def _init_from(plan: Plan, stage: str) -> str | None:
+    return {"dvae": plan.dvae, "prior": plan.prior, "scorer": plan.scorer}[stage].init_from
+
+
 def step_seconds(plan: Plan, stage: str) -> float:
     """What an optimizer step of a stage takes by the plan's measured speed; compiled models are measured uncompiled."""
     assert plan.speed is not None
@@ -318,10 +420,12 @@ def evaluation_seconds_per_image(speed: Speed) -> float:
     return _GUIDED * speed.image + _PARSER_SECONDS
 
 
-def with_steps(trainer: TrainerConfig, num_images: int, step_seconds: float, seconds: float) -> TrainerConfig:
+def with_steps(
+    trainer: TrainerConfig, num_images: int, step_seconds: float, seconds: float, *, most_epochs: int = _MOST_EPOCHS
+) -> TrainerConfig:
     """The trainer's settings for a stage of so many seconds: steps, budget, and how often it logs and validates."""
     affordable = STEP_HEADROOM * seconds / max(step_seconds, 1e-6)
-    useful = max(_LEAST_STEPS, _MOST_EPOCHS * num_images / trainer.batch_size)
+    useful = max(_LEAST_STEPS, most_epochs * num_images / trainer.batch_size)
     steps = max(1, int(min(affordable, useful)))
     return replace(
         trainer,
@@ -376,13 +480,6 @@ def dvae_step_flops(config: DiscreteVAEConfig, image_size: tuple[int, int], batc
     return operations * batch_size
 
 
-def prior_parameters(config: PriorConfig) -> int:
-    """Number of weights: layers, embeddings and heads."""
-    hidden = 32 * math.ceil(config.dim * config.mlp_ratio / 32)
-    layer = 4 * config.dim**2 + 3 * config.dim * hidden
-    return config.depth * layer + 2 * config.dim * (config.layout.num_text_ids + config.layout.codebook_size)
-
-
 def prior_step_flops(config: PriorConfig, batch_size: int) -> float:
     """Operations of one training step: six per weight and position, heads at their own positions only."""
     layout = config.layout
@@ -390,16 +487,6 @@ def prior_step_flops(config: PriorConfig, batch_size: int) -> float:
     layers = config.depth * (4 * config.dim**2 + 3 * config.dim * hidden + 2 * layout.seq_len * config.dim)
     heads = config.dim * (layout.image_len * layout.codebook_size + layout.text_len * layout.num_text_ids)
     return 6.0 * batch_size * (layout.seq_len * layers + heads)
-
-
-def prior_memory_gib(config: PriorConfig, batch_size: int) -> float:
-    """Peak memory of training the prior: weights with their optimizer state and average, activations, logits."""
-    layout = config.layout
-    weights = prior_parameters(config) * 20
-    per_position = 2 * (24 * config.dim + 3 * config.heads * layout.seq_len)
-    activations = batch_size * layout.seq_len * config.depth * per_position
-    logits = 14 * batch_size * (layout.image_len * layout.codebook_size + layout.text_len * layout.num_text_ids)
-    return (weights + activations + logits) / _GIB
 
 
 def dvae_memory_gib(config: DiscreteVAEConfig, image_size: tuple[int, int], batch_size: int) -> float:
@@ -412,19 +499,22 @@ def dvae_memory_gib(config: DiscreteVAEConfig, image_size: tuple[int, int], batc
     return total / _GIB
 
 
-def peak_memory_gib(plan: Plan, facts: DataFacts) -> float:
+def peak_memory_gib(plan: Plan, facts: DataFacts, machine: Machine) -> float:
     """Estimate of the peak memory of the whole fit, with the process itself and the images."""
     images = facts.num_images * math.prod(facts.image_size) * 3 / _GIB
-    return (
-        _PROCESS_GIB
-        + images
-        + max(
-            dvae_memory_gib(plan.dvae.model, facts.image_size, plan.dvae.trainer.batch_size),
-            prior_memory_gib(
-                replace(plan.prior.model, layout=layout_for(facts, plan.dvae.model)), plan.prior.trainer.batch_size
-            ),
-        )
+    trainer = plan.prior.trainer
+    prior = training_memory_gib(
+        replace(plan.prior.model, layout=layout_for(facts, plan.dvae.model)),
+        trainer.batch_size // trainer.accumulate,
+        kind=machine.kind,
+        precision=machine.precision,
+        optim=plan.prior.optim,
+        checkpoint_activations=trainer.checkpoint_activations,
     )
+    trained = [prior]
+    if "dvae" in plan.stages:
+        trained.append(dvae_memory_gib(plan.dvae.model, facts.image_size, plan.dvae.trainer.batch_size))
+    return _PROCESS_GIB + images + max(trained)
 
 
 def _vae_config(row: DVAERow, facts: DataFacts, machine: Machine) -> DiscreteVAEConfig:

@@ -1,6 +1,7 @@
 """A plan as a small table for people, printed before anything starts."""
 
 from recipes.plan import DataFacts, Machine, Plan, peak_memory_gib, stage_seconds, stage_trainer, step_seconds
+from tessera.model_folder import short_sha256
 from tessera.precision import describe_hardware
 from tessera.training.run import TrainerConfig
 
@@ -13,11 +14,12 @@ def plan_lines(plan: Plan, facts: DataFacts, machine: Machine) -> list[str]:
     lines = [
         f"data    {facts.name}: {facts.num_images:,} images to train on",
         f"device  {device}, {machine.precision}, {machine.flops / 1e9:,.0f} GFLOP/s",
+        *origin_lines(plan),
         "",
         f"{'stage':<11}{'time':>7}{'steps':>9}{'batch':>7}  size",
     ]
     total = 0.0
-    for stage, seconds in stage_seconds(plan.training_seconds).items():
+    for stage, seconds in stage_seconds(plan.training_seconds, stages=plan.stages).items():
         trainer = trainers.get(stage)
         steps = expected_steps(plan, stage)
         if steps is not None and plan.speed is not None:
@@ -33,9 +35,28 @@ def plan_lines(plan: Plan, facts: DataFacts, machine: Machine) -> list[str]:
     lines += [
         "",
         f"about {clock(total)} minutes, at most {clock(plan.minutes * 60)}; "
-        f"peak {where} about {peak_memory_gib(plan, facts):.1f} of {machine.memory_gib:.0f} GiB",
+        f"peak {where} about {peak_memory_gib(plan, facts, machine):.1f} of {machine.memory_gib:.0f} GiB",
     ]
     return lines
+
+
+def origin_lines(plan: Plan) -> list[str]:
+    """Where each part of a model comes from that goes on from another one; none for a new model."""
+    origin = plan.origin
+    if origin is None:
+        return []
+    taken, trained_on = f"from {origin.name}, frozen", f"from {origin.name}, trained on"
+    come_from = {
+        "tokenizer": taken,
+        "dvae": f"{trained_on}: its codes change, and the prior has to relearn them" if origin.train_dvae else taken,
+        "prior": trained_on,
+        "scorer": trained_on if "scorer" in origin.parts else f"new: {origin.name} has none for pictures of this size",
+    }
+    return [
+        f"from    {origin.path}, sha256 {short_sha256(origin.sha256)}",
+        "",
+        *(f"{part:<11}{text}" for part, text in come_from.items()),
+    ]
 
 
 def planned_sizes(plan: Plan) -> dict[str, str]:

@@ -5,19 +5,21 @@ import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from recipes.plan import DataFacts, Plan
 from recipes.tune import Trial, Tuned
 from tessera.atomic_write import atomic_write
 from tessera.config import from_plain, to_plain
 from tessera.errors import UserError
-from tessera.model_folder import INDEX_FILE
+from tessera.model_folder import INDEX_FILE, short_sha256
 from tessera.plain_yaml import read_yaml, write_yaml
 
 DEFAULT_MINUTES = 20.0
 PLAN_FILE, TUNING_FILE, FINISHED_FILE, LEDGER_FILE = "plan.yaml", "tuning.json", "finished.json", "seconds.json"
 DATA_FOLDER = "data"
+
+ConfigT = TypeVar("ConfigT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class Request:
     """What the user asked for; a run folder goes on only with the same."""
 
     path: str
-    """scenes, emoji, or a folder or manifest as an absolute path"""
+    """scenes, emoji, hf:NAME, or a folder or file as an absolute path"""
     minutes: float = DEFAULT_MINUTES
     """time for everything"""
     image_size: tuple[int, int] = (64, 64)
@@ -38,9 +40,19 @@ class Request:
     """color font for emoji"""
     overrides: tuple[str, ...] = ()
     """key=value settings of the plan"""
+    init_from: str | None = None
+    """model folder to go on from, as an absolute path"""
+    init_sha256: str | None = None
+    """of that model when it was asked for"""
+    train_dvae: bool = False
+    """whether its dvae is trained on, too"""
 
     def __post_init__(self) -> None:
         check_minutes(self.minutes)
+        if self.train_dvae and self.init_from is None:
+            raise UserError(
+                "--train-dvae trains on the dvae of a model: name it with --from, or leave --train-dvae out"
+            )
 
 
 class Stored(NamedTuple):
@@ -85,27 +97,45 @@ class RunFolder:
         Raises:
             UserError: if the file is damaged.
         """
-        source = str(self.path / PLAN_FILE)
-        content = read_yaml(source)
-        try:
-            return Stored(
-                request=from_plain(Request, content["request"], source=source),
-                plan=from_plain(Plan, content["plan"], source=source),
-                facts=from_plain(DataFacts, content["facts"], source=source),
-                fingerprint=str(content["fingerprint"]),
-            )
-        except KeyError as error:
-            raise UserError(f"{source} is damaged: it has no {error}; start over with --fresh") from error
+        content = self._read_plan_file()
+        return Stored(
+            request=self._part(Request, content, "request"),
+            plan=self._part(Plan, content, "plan"),
+            facts=self._part(DataFacts, content, "facts"),
+            fingerprint=str(self._present(content, "fingerprint")),
+        )
+
+    def read_request(self) -> Request:
+        """The request alone, which is read sooner than the plan.
+
+        Raises:
+            UserError: if the file is damaged.
+        """
+        return self._part(Request, self._read_plan_file(), "request")
 
     def check_request(self, request: Request) -> None:
         """Raises UserError, naming the difference, if the folder was begun for another request."""
-        before, now = asdict(self.read_plan().request), asdict(request)
+        stored = self.read_request()
+        if stored.init_from == request.init_from:
+            check_sha256(stored, request.init_sha256)
+        before, now = asdict(stored), asdict(request)
         for name, value in now.items():
             if before[name] != value:
                 raise UserError(
                     f"{self.path} was begun with {name} {_shown(before[name])}, now it is {_shown(value)}: "
                     "choose another --out, or start over with --fresh"
                 )
+
+    def _read_plan_file(self) -> dict[str, Any]:
+        return read_yaml(self.path / PLAN_FILE)
+
+    def _part(self, config_class: type[ConfigT], content: dict[str, Any], name: str) -> ConfigT:
+        return from_plain(config_class, self._present(content, name), source=str(self.path / PLAN_FILE))
+
+    def _present(self, content: dict[str, Any], name: str) -> Any:
+        if name not in content:
+            raise UserError(f"{self.path / PLAN_FILE} is damaged: it has no {name!r}; start over with --fresh")
+        return content[name]
 
     def write_tuning(self, tuned: Tuned) -> None:
         """Stores the sampling settings and how they were chosen."""
@@ -130,6 +160,15 @@ def check_minutes(minutes: float) -> None:
     """Raises UserError if this is no time to plan with: zero, negative, infinite or not a number."""
     if not 0 < 60 * minutes < math.inf:
         raise UserError(f"--minutes must be positive and finite, got {minutes:g}")
+
+
+def check_sha256(request: Request, found: str | None) -> None:
+    """Raises UserError if the model to go on from, of the hash that was found, is not the one that was asked for."""
+    if request.init_sha256 is not None and found is not None and found != request.init_sha256:
+        raise UserError(
+            f"--from {request.init_from} has changed: expected sha256 {short_sha256(request.init_sha256)}..., found "
+            f"{short_sha256(found)}...; put it back, choose another --out, or start over with --fresh"
+        )
 
 
 def check_ours(out: Path, run_dir: Path) -> None:

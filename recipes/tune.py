@@ -6,7 +6,7 @@ elsewhere they are captions of the validation split.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +55,15 @@ class Tuned(NamedTuple):
     trials: list[Trial]
 
 
-def tune(model: Path, data: DataConfig, *, seconds: float, device: str = "auto") -> Tuned:
+def tune(
+    model: Path,
+    data: DataConfig,
+    *,
+    seconds: float,
+    device: str = "auto",
+    defaults: Mapping[str, float] = DEFAULT_SETTINGS,
+    whose: str = "defaults",
+) -> Tuned:
     """Chooses temperature and guidance for a model folder; writes nothing.
 
     Args:
@@ -63,6 +71,8 @@ def tune(model: Path, data: DataConfig, *, seconds: float, device: str = "auto")
         data: the corpus that it was trained on.
         seconds: about how long this may take.
         device: where to compute.
+        defaults: the settings where there is nothing to tune with.
+        whose: what to call those.
     """
     deadline = time.monotonic() + seconds
     pipeline = Pipeline.load(model, device=device)
@@ -87,7 +97,7 @@ def tune(model: Path, data: DataConfig, *, seconds: float, device: str = "auto")
         captions = _captions(data)
         scorer = pipeline.scorer
         if not isinstance(scorer, TrainedScorer) or len(captions) < _LEAST_CAPTIONS:
-            return Tuned(dict(DEFAULT_SETTINGS), "defaults: too few captions or no scorer to tune with", [])
+            return Tuned(dict(defaults), f"{whose}: too few captions or no scorer to tune with", [])
 
         def value(temperature: float, guidance: float, span: range) -> float:
             texts, seed = captions[span.start : span.stop], TUNING_SEED + span.start
@@ -97,7 +107,7 @@ def tune(model: Path, data: DataConfig, *, seconds: float, device: str = "auto")
         most = min(_MOST_PROMPTS, len(captions))
     trials = search(value, most_prompts=most, deadline=deadline)
     if not trials:
-        return Tuned(dict(DEFAULT_SETTINGS), "defaults: no time to tune", [])
+        return Tuned(dict(defaults), f"{whose}: no time to tune", [])
     chosen = choose(trials)
     settings = {"temperature": chosen.temperature, "guidance": chosen.guidance}
     how = f"{len(trials)} settings tried; {measured_by}: {chosen.value:.1%} over {chosen.prompts} prompts"

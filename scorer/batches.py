@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from scorer.model import without_common_pads
+from tessera.data.corpus import LazyImages
 from tessera.data.order import SampleKey, mix
 from tessera.text_tokenizer import TextTokenizer
 
@@ -33,7 +34,7 @@ class CaptionedBatches:
 
     def __init__(
         self,
-        images: NDArray[np.uint8],
+        images: NDArray[np.uint8] | LazyImages,
         captions: Sequence[tuple[str, ...]],
         tokenizer: TextTokenizer,
         *,
@@ -56,9 +57,10 @@ class CaptionedBatches:
         """The samples that keys choose.
 
         Returns:
-            images uint8 [B, H, W, 3]; text_ids int64 [B, G, T'] without the pads that all have in common; not_negative
-            bool [B, B], whether the first caption of the column is one of the row's image, or the other way round;
-            draws float32 [B] in [0, 1), one random number per sample for the training step.
+            images uint8 [B, H, W, 3]; text_ids int64 [B, G, T'] without the pads that all have in common; first int64
+            [B], a hash of the first of these captions, and known int64 [B, Q], of all captions of the image, see
+            `scorer.losses.fitting_pairs`; draws float32 [B] in [0, 1), one random number per sample for the training
+            step.
         """
         rows = np.array([key.index for key in keys])
         seeds = np.array([key.seed for key in keys])
@@ -66,7 +68,7 @@ class CaptionedBatches:
         texts = [self.captions[row][place] for row, places in zip(rows, chosen, strict=True) for place in places]
         text_ids = self.tokenizer.encode_batch(texts, text_len=self.text_len)
         text_ids = without_common_pads(text_ids, self.tokenizer.vocab_size)
-        images = self.images[rows]  # a copy
+        images = np.asarray(self.images[rows])  # a copy
         replaced = mix(seeds, 2) / 2.0**64 < self.reconstruction_share
         if self.reconstruct is not None and replaced.any():
             remade = self.reconstruct(rows[replaced])
@@ -74,11 +76,11 @@ class CaptionedBatches:
                 raise ValueError(f"reconstructions must have shape {images[replaced].shape}; got {remade.shape}")
             images[replaced] = remade
         first = self.hashes[rows, [places[0] for places in chosen]]  # [B]
-        fits = (self.hashes[rows][:, None, :] == first[None, :, None]).any(axis=2)  # [B, B]
         return {
             "images": torch.from_numpy(images),
             "text_ids": text_ids.unflatten(0, (len(rows), self.num_captions)),
-            "not_negative": torch.from_numpy(fits | fits.T),
+            "first": torch.from_numpy(first),
+            "known": torch.from_numpy(self.hashes[rows]),
             "draws": torch.from_numpy((mix(seeds, 3) / 2.0**64).astype(np.float32)),
         }
 

@@ -6,9 +6,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from scorer.losses import contrastive_loss
+from scorer.losses import contrastive_loss, fitting_pairs
 from scorer.model import IGNORED, ClipScorer, TextStates
 from tessera.training.optim import OptimizerConfig, build_optimizer
+from tessera.training.processes import join_rows, mean_over_processes
 
 # B batch, G captions per image, H W pixels, T text positions, S text states.
 
@@ -35,6 +36,7 @@ def scorer_loss(
     *,
     blind: Tensor,
     contrastive_weight: float,
+    shared: bool = False,
 ) -> ScorerLoss:
     """Both losses of a batch.
 
@@ -42,24 +44,25 @@ def scorer_loss(
         model: the scorer.
         images: float [B, 3, H, W] in [0, 1].
         text_ids: int64 [B, G, T], captions of each image; the first is its partner in the contrastive loss.
-        not_negative: bool [B, B], True for pairs off the diagonal that fit as well.
+        not_negative: bool [B, B], True for pairs off the diagonal that fit as well; of all processes if `shared`.
         blind: bool [B], images that are hidden from the matching head, which so learns what is said without one.
         contrastive_weight: of the embeddings' loss beside the matching head's.
+        shared: whether the processes that train hold parts of one batch, all of whose images are compared.
     """
     patches = model.encode_images(images)
     texts = model.encode_texts(text_ids.flatten(0, 1))
     states, targets = (values.unflatten(0, text_ids.shape[:2]) for values in texts)  # [B, G, S, ...]
-    contrastive = contrastive_loss(
-        model.project_images(patches),
-        model.project_texts(TextStates(states[:, 0], targets[:, 0])),
-        scale=model.scale,
-        not_negative=not_negative,
-    )
+    image_rows = model.project_images(patches)
+    text_rows = model.project_texts(TextStates(states[:, 0], targets[:, 0]))
+    if shared:
+        image_rows, text_rows = join_rows(image_rows), join_rows(text_rows)
+    contrastive = contrastive_loss(image_rows, text_rows, scale=model.scale, not_negative=not_negative)
     if not model.config.matcher_layers:
         return ScorerLoss(contrastive, contrastive, contrastive.new_zeros(()))
     shown = torch.where(blind[:, None, None], model.no_image.to(patches.dtype), patches)
     losses = model.word_losses(shown, TextStates(states, targets))  # [B, G, S]
-    per_token = losses.sum() / (targets != IGNORED).sum()
+    num_tokens = (targets != IGNORED).sum()
+    per_token = losses.sum() / (mean_over_processes(num_tokens) if shared else num_tokens)
     return ScorerLoss(per_token + contrastive_weight * contrastive, contrastive, losses.sum(dim=2).mean())
 
 
@@ -84,26 +87,30 @@ class ScorerLit(pl.LightningModule):
         self.contrastive_weight = contrastive_weight
         self.blind_share = blind_share
 
-    def _loss(self, batch: dict[str, Tensor], *, blind_share: float) -> ScorerLoss:
+    def _loss(self, batch: dict[str, Tensor], *, blind_share: float, shared: bool = False) -> ScorerLoss:
+        first, known = batch["first"], batch["known"]
+        if shared:
+            first, known = join_rows(first), join_rows(known)
         return scorer_loss(
             self.model,
             batch["images"].permute(0, 3, 1, 2).float().div(255),
             batch["text_ids"],
-            batch["not_negative"],
+            fitting_pairs(first, known),
             blind=batch["draws"] < blind_share,
             contrastive_weight=self.contrastive_weight,
+            shared=shared,
         )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self._loss(batch, blind_share=self.blind_share)
-        self.log_dict(
-            {
+        loss = self._loss(batch, blind_share=self.blind_share, shared=True)
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            figures = {
                 "loss": loss.total,
                 "contrastive_loss": loss.contrastive,
                 "caption_loss": loss.caption,
                 "scale": self.model.scale,
             }
-        )
+            self.log_dict(figures, sync_dist=True)
         return loss.total
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

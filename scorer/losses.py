@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# B batch, E embedding width.
+# B batch, E embedding width, Q most captions of one image.
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, *, scale: Tensor, not_negative: Tensor) -> Tensor:
@@ -27,3 +27,17 @@ def contrastive_loss(images: Tensor, texts: Tensor, *, scale: Tensor, not_negati
     logits = logits.masked_fill(not_negative & ~diagonal, -torch.inf)
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def fitting_pairs(first: Tensor, known: Tensor) -> Tensor:
+    """Which captions of a batch fit which of its images, as far as equal words tell.
+
+    Args:
+        first: int64 [B], a hash of the caption that each image is shown with.
+        known: int64 [B, Q], hashes of all captions of each image.
+
+    Returns:
+        bool [B, B], True where the caption of the column is one of the row's image, or the other way round.
+    """
+    fits = (known[:, None, :] == first[None, :, None]).any(dim=2)  # [B, B]
+    return fits | fits.T

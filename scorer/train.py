@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from scorer.batches import CaptionedBatches, Reconstruct
 from scorer.lit import ScorerLit
 from scorer.model import ClipScorer, ClipScorerConfig, TrainedScorer
-from tessera.config import load, to_plain
+from tessera.config import from_plain, load, to_plain
 from tessera.data.config import DataConfig
-from tessera.data.corpus import load_images
+from tessera.data.corpus import LazyImages, open_images
 from tessera.data.order import SampleKey
 from tessera.errors import UserError
 from tessera.model_folder import INDEX_FILE, ModelFolder, write_part, write_tokenizer
@@ -23,6 +23,7 @@ from tessera.precision import resolve_device
 from tessera.text_tokenizer import TextTokenizer
 from tessera.training import stage
 from tessera.training.optim import OptimizerConfig
+from tessera.training.processes import first_goes_ahead, is_first, join, on_first
 from tessera.training.run import TrainerConfig, run_training
 
 # N images, H W pixels, M measured pairs.
@@ -55,6 +56,8 @@ class TrainConfig:
     """share of images, 0 to 1, seen as the dVAE reconstructs them, where such are given"""
     vocab_size: int = 4096
     """most pieces of a new text tokenizer, should the model folder have none; small corpora get fewer"""
+    init_from: str | None = None
+    """model folder whose scorer the training starts from; null begins with new weights"""
     out: str = "my-model"
     """model folder that receives the scorer part"""
     run_dir: str = "runs/scorer"
@@ -85,7 +88,7 @@ class TrainedResult(NamedTuple):
 
 
 def train_scorer(
-    images: NDArray[np.uint8],
+    images: NDArray[np.uint8] | LazyImages,
     captions: Sequence[tuple[str, ...]],
     tokenizer: TextTokenizer,
     *,
@@ -114,9 +117,19 @@ def train_scorer(
             f"reconstructions are made by the process that trains: trainer.num_workers must be 0; "
             f"got {config.trainer.num_workers}"
         )
+    if config.trainer.accumulate > 1 or config.trainer.checkpoint_activations:
+        raise UserError(
+            "a scorer compares all images of a batch with one another, and is small: trainer.accumulate must be 1 and "
+            "trainer.checkpoint_activations false"
+        )
     if len(images) < 2:
         raise UserError(f"a scorer learns from differences: it needs at least 2 captioned images, got {len(images)}")
-    model_config = fitted_config(config.model, images.shape[1:3], captions, tokenizer)  # type: ignore[arg-type]
+    begins_with = None
+    if config.init_from is not None:
+        begins_with = stage.weights_to_start_from(config.init_from, "scorer", tokenizer_sha256=tokenizer.sha256)
+        model_config = _sizes_of(begins_with, images.shape[1:3])  # type: ignore[arg-type]
+    else:
+        model_config = fitted_config(config.model, images.shape[1:3], captions, tokenizer)  # type: ignore[arg-type]
     training = CaptionedBatches(
         images,
         captions,
@@ -127,9 +140,11 @@ def train_scorer(
         reconstruction_share=config.reconstruction_share,
     )
     held_images, held_captions = validation or (images, captions)
-    held_images, held_captions = held_images[:_MEASURED_PAIRS], held_captions[:_MEASURED_PAIRS]
+    held_images, held_captions = np.asarray(held_images[:_MEASURED_PAIRS]), held_captions[:_MEASURED_PAIRS]
     torch.manual_seed(config.trainer.seed)
     model = ClipScorer(model_config)
+    if begins_with is not None:
+        stage.start_from(model, begins_with, "scorer")
     result = run_training(
         ScorerLit(
             model,
@@ -164,6 +179,15 @@ def fitted_config(
     )
     while config.num_patches > _MOST_PATCHES:
         config = replace(config, patch_size=2 * config.patch_size)
+    return config
+
+
+def _sizes_of(folder: ModelFolder, image_size: tuple[int, int]) -> ClipScorerConfig:
+    """The sizes of the scorer that training starts from, which must be for images of this size."""
+    config = from_plain(ClipScorerConfig, folder.config("scorer"), source=f"{folder.path}/scorer/config.yaml")
+    if config.image_size != tuple(image_size):
+        scored, given = ("x".join(map(str, size)) for size in (config.image_size, image_size))
+        raise UserError(f"init_from={folder.path}: its scorer sees images of {scored} pixels, these have {given}")
     return config
 
 
@@ -223,19 +247,26 @@ def train(config: TrainConfig, *, reconstruct: Reconstruct | None = None) -> dic
         UserError: if the corpus cannot be used or the folder's tokenizer is damaged.
         KeyboardInterrupt: after saving, when the user interrupted.
     """
+    join(config.trainer.device)
     run_dir, out = Path(config.run_dir), Path(config.out)
-    corpus = config.data.open("train")
-    captions = [corpus.captions(index) for index in range(len(corpus))]
-    tokenizer = _tokenizer(out, captions, vocab_size=config.vocab_size)
-    finished = stage.begin(run_dir, config, inputs={"corpus": corpus.fingerprint(), "tokenizer": tokenizer.sha256})
-    if finished is not None and _is_exported(out, finished["sha256"]):
-        return finished
-    images = load_images(corpus, directory=config.data.cache_path)
+    with first_goes_ahead():
+        corpus = config.data.open("train")
+        captions = [corpus.captions(index) for index in range(len(corpus))]
+        tokenizer = _tokenizer(out, captions, vocab_size=config.vocab_size)
+        inputs = {"corpus": corpus.fingerprint(), "tokenizer": tokenizer.sha256}
+        if config.init_from is not None:
+            inputs["init_from"] = ModelFolder.open(config.init_from, parts=["scorer"]).part_sha256("scorer")
+        finished = stage.begin(run_dir, config, inputs=inputs)
+        if finished is not None and _is_exported(out, finished["sha256"]):
+            return finished
+        images = open_images(corpus, directory=config.data.cache_path, most_gib=config.data.cache_gib)
     captions = [corpus.captions(index) for index in range(len(corpus))]  # files that failed have got a substitute
     try:
         held_out = config.data.open("validation")
-        held_images = load_images(held_out, directory=config.data.cache_path)
-        validation = held_images, [held_out.captions(index) for index in range(len(held_out))]
+        held_images = open_images(held_out, directory=config.data.cache_path, most_gib=config.data.cache_gib)[
+            :_MEASURED_PAIRS
+        ]
+        validation = np.asarray(held_images), [held_out.captions(index) for index in range(len(held_images))]
     except UserError:  # a handful of images leaves none to hold out
         validation = None
     result = train_scorer(
@@ -248,17 +279,21 @@ def train(config: TrainConfig, *, reconstruct: Reconstruct | None = None) -> dic
         validation=validation,
     )
     model = result.scorer.model
-    sha256 = write_part(
-        out,
-        "scorer",
-        config=to_plain(model.config),
-        tensors=model.state_dict(),
-        requires={"tokenizer": tokenizer.sha256},
-        metadata={"corpus": corpus.name, "images": len(images), "steps": result.steps, "measured": result.metrics},
-    )
-    finished = {"steps": result.steps, "seconds": result.seconds, "metrics": result.metrics, "sha256": sha256}
-    stage.finish(run_dir, finished)
-    return finished
+
+    def export() -> dict[str, Any]:
+        sha256 = write_part(
+            out,
+            "scorer",
+            config=to_plain(model.config),
+            tensors=model.state_dict(),
+            requires={"tokenizer": tokenizer.sha256},
+            metadata={"corpus": corpus.name, "images": len(images), "steps": result.steps, "measured": result.metrics},
+        )
+        finished = {"steps": result.steps, "seconds": result.seconds, "metrics": result.metrics, "sha256": sha256}
+        stage.finish(run_dir, finished)
+        return finished
+
+    return on_first(export)
 
 
 def _tokenizer(out: Path, captions: Sequence[tuple[str, ...]], *, vocab_size: int) -> TextTokenizer:
@@ -283,6 +318,8 @@ def main(argv: Sequence[str]) -> int:
     """The command."""
     config = load(TrainConfig, argv, prog="tessera train-scorer")
     result = train(config)
+    if not is_first():
+        return 0
     shown = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
     print(f"scorer in {config.out}: {result['steps']:,} steps, {result['seconds']:,.0f} s, {shown}")
     return 0

@@ -19,6 +19,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "fit": Command("recipes.fit:main", "train all three models on captioned images, sized to the data and the time"),
+    "ingest": Command("tessera.data.ingest_command:main", "check captioned images once and write a manifest of them"),
     "generate": Command("sampling.generate:main", "make images for captions"),
     "reconstruct": Command("dvae.reconstruct:main", "show what the dVAE keeps of an image"),
     "codebook": Command("dvae.codebook:main", "draw what each code decodes to and how often it is used"),
@@ -30,7 +31,7 @@ COMMANDS: dict[str, Command] = {
     "train-dvae": Command("dvae.train:main", "stage 1: train the image tokenizer"),
     "import-dvae": Command("dvae.import_openai:main", "take over a published dVAE instead of training one"),
     "encode": Command("dvae.encode:main", "stage 2: turn images and captions into token shards"),
-    "train-prior": Command("transformer.train:main", "stage 3: train the transformer over text and image tokens"),
+    "train-prior": Command("recipes.train_prior:main", "stage 3: train the transformer over text and image tokens"),
     "train-scorer": Command("scorer.train:main", "train the model that ranks images for a caption"),
 }
 

@@ -1,109 +1,35 @@
-"""`tessera info PATH`: what is in a model folder, or how far a run folder has come."""
+"""`tessera info PATH`: what a model, run, checkpoint, token shards or manifest is, and whether it is whole."""
 
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
-
 from tessera.config import to_plain
-from tessera.errors import UserError, run_command
-from tessera.model_folder import FORMAT_VERSION, INDEX_FILE, PART_FILES, ModelFolder, short_sha256
+from tessera.descriptions import describe
+from tessera.errors import run_command
+from tessera.model_folder import short_sha256
 from tessera.one_line_parser import OneLineParser
-from tessera.plain_yaml import read_yaml
-from tessera.text_tokenizer import TextTokenizer
-from tessera.training.metrics import METRICS_DIR, read_metrics
-from tessera.training.stage import CONFIG_FILE, RESULT_FILE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a description of a model folder or of a run folder, as text or as JSON."""
-    parser = OneLineParser(prog="tessera info", description="Describes a model folder or the run folder of a stage.")
-    parser.add_argument("path", type=Path, help="a model folder or a stage's run folder")
+    """Prints a description of what lies at a path, as text or as JSON."""
+    parser = OneLineParser(
+        prog="tessera info",
+        description="Describes a model folder, the run folder of a stage or of a fit, a checkpoint, token shards or a "
+        "manifest.",
+    )
+    parser.add_argument("path", type=Path, help="a folder or file of one of these kinds")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of text")
     arguments = parser.parse_args(argv)
-    path: Path = arguments.path
-    if not (path / INDEX_FILE).is_file() and _is_run(path):
-        description = describe_run(path)
-    else:
-        description = describe_model(ModelFolder.open(path))
+    description = describe(arguments.path)
     if arguments.json:
         print(json.dumps(_finite(description), ensure_ascii=False))
     else:
-        print("\n".join(_model_lines(description) if description["kind"] == "model" else _run_lines(description)))
+        print("\n".join(_LINES[description["kind"]](description)))
     return 0
-
-
-def describe_model(folder: ModelFolder) -> dict[str, Any]:
-    """Describes an opened model folder in plain values.
-
-    Returns:
-        `kind` "model", `path`, `format_version`, `sha256`, `bytes`, `parts` (for each: `parameters`, `bytes`, `sha256`,
-        `requires`, `config`, `metadata`), `layout` of the prior's sequence or None, `tokenizer` (`pieces`, `sha256`) or
-        None, and `sampling`, the default settings.
-    """
-    parts = {name: _describe_part(folder, name) for name in folder.parts}
-    tokenizer = None
-    if folder.has_tokenizer:
-        pieces = TextTokenizer(folder.tokenizer_proto()).vocab_size
-        tokenizer = {"pieces": pieces, "sha256": folder.tokenizer_sha256}
-    return {
-        "kind": "model",
-        "path": str(folder.path),
-        "format_version": FORMAT_VERSION,
-        "sha256": folder.sha256,
-        "bytes": sum(part["bytes"] for part in parts.values()),
-        "parts": parts,
-        "layout": parts["prior"]["config"].get("layout") if "prior" in parts else None,
-        "tokenizer": tokenizer,
-        "sampling": folder.sampling_defaults(),
-    }
-
-
-def describe_run(path: Path) -> dict[str, Any]:
-    """Describes a run folder in plain values.
-
-    Returns:
-        `kind` "run", `path`, `finished`, `step` of the last record, `checkpoints` (steps, ascending), `metrics` (the
-        last value of everything logged), and `config` and `inputs` as they were when the run began.
-    """
-    series = read_metrics(path)
-    return {
-        "kind": "run",
-        "path": str(path),
-        "finished": (path / RESULT_FILE).is_file(),
-        "step": max((values[-1][0] for values in series.values()), default=None),
-        "checkpoints": sorted(
-            int(file.stem.removeprefix("step-")) for file in path.glob("checkpoints/step-*[0-9].ckpt")
-        ),
-        "metrics": {name: values[-1][1] for name, values in series.items()},
-        **(read_yaml(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}),
-    }
-
-
-def _is_run(path: Path) -> bool:
-    return (path / METRICS_DIR).is_dir() or (path / "checkpoints").is_dir()
-
-
-def _describe_part(folder: ModelFolder, name: str) -> dict[str, Any]:
-    file = folder.path / name / "model.safetensors"
-    try:
-        # The header alone: no tensor is read.
-        with safetensors.safe_open(file, framework="pt") as tensors:
-            parameters = sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{file}: not a safetensors file ({error})") from error
-    return {
-        "parameters": parameters,
-        "bytes": sum((folder.path / name / part_file).stat().st_size for part_file in PART_FILES),
-        "sha256": folder.part_sha256(name),
-        "requires": folder.requires(name),
-        "config": folder.config(name),
-        "metadata": folder.metadata(name),
-    }
 
 
 def _model_lines(model: Mapping[str, Any]) -> Iterator[str]:
@@ -130,10 +56,15 @@ def _model_lines(model: Mapping[str, Any]) -> Iterator[str]:
 
 def _run_lines(run: Mapping[str, Any]) -> Iterator[str]:
     yield f"run folder {run['path']}, {'finished' if run['finished'] else 'not finished'}"
-    steps = run["checkpoints"]
-    yield f"  checkpoints at steps {', '.join(str(step) for step in steps)}" if steps else "  no checkpoints"
+    for checkpoint in run["checkpoints"]:
+        state = "whole" if checkpoint["damage"] is None else f"damaged, {checkpoint['damage']}"
+        yield f"  checkpoint of step {checkpoint['step']:,}: {_size(checkpoint['bytes'])}, {state}"
+    if not run["checkpoints"]:
+        yield "  no checkpoints"
     if run["step"] is not None:
-        yield f"  last record at step {run['step']}"
+        yield f"  last record at step {run['step']:,}{_of(run['max_steps'])}"
+    if run["seconds"] is not None:
+        yield f"  {run['seconds']:,.0f} s of training"
     for key, value in run["metrics"].items():
         yield f"    {key} = {_value(value)}"
     for section in ("config", "inputs"):
@@ -141,6 +72,67 @@ def _run_lines(run: Mapping[str, Any]) -> Iterator[str]:
             yield f"  {section}"
             for key, value in _flat(run[section]):
                 yield f"    {key}: {_value(value)}"
+
+
+def _fit_lines(fit: Mapping[str, Any]) -> Iterator[str]:
+    yield f"run folder of a fit {fit['path']}, {'finished' if fit['finished'] else 'not finished'}"
+    spent = "" if fit["seconds"] is None else f", {fit['seconds'] / 60:,.1f} of them spent"
+    yield f"  {_value(fit['minutes'])} minutes{spent}"
+    for name, stage in fit["stages"].items():
+        done = "" if not stage["done"] else f", {stage['done']:,}{_of(stage['of'])} {stage['unit']}"
+        yield f"  {name:<9} {stage['state']}{done}"
+    yield "  request"
+    for key, value in fit["request"].items():
+        yield f"    {key}: {_value(value)}"
+
+
+def _checkpoint_lines(checkpoint: Mapping[str, Any]) -> Iterator[str]:
+    state = "whole" if checkpoint["damage"] is None else f"damaged, {checkpoint['damage']}"
+    yield f"checkpoint {checkpoint['path']}, {_size(checkpoint['bytes'])}, {state}"
+    if checkpoint["format"] is not None:
+        yield f"  format {checkpoint['format']}"
+    if checkpoint["step"] is not None:
+        yield f"  after step {checkpoint['step']:,}"
+    if checkpoint["seconds"] is not None:
+        yield f"  after {checkpoint['seconds']:,.0f} s of training"
+    for key, num_bytes in checkpoint["contents"].items():
+        yield f"    {key}: {_size(num_bytes)} of tensors"
+
+
+def _shards_lines(shards: Mapping[str, Any]) -> Iterator[str]:
+    index = shards["index"]
+    is_complete = shards["complete"] == index.get("num_samples")
+    yield f"token shards {shards['path']}, {'complete' if is_complete else 'unfinished'}, {_size(shards['bytes'])}"
+    yield f"  {shards['complete']:,}{'' if is_complete else _of(index.get('num_samples'))} samples"
+    for key, value in index.items():
+        yield f"    {key}: {_value(value)}"
+
+
+def _manifest_lines(manifest: Mapping[str, Any]) -> Iterator[str]:
+    yield f"manifest {manifest['path']} of {manifest['name']}, images in {manifest['root']}"
+    counts = (f"{name} {manifest[name]:,}" for name in ("kept", "rejected", "duplicate"))
+    yield f"  seen {manifest['seen']:,} = {' + '.join(counts)}"
+    for split, count in manifest["splits"].items():
+        yield f"  {split}: {count:,}"
+    for title, name in (("rejected", "reasons"), ("noted", "notes")):
+        if manifest[name]:
+            yield f"  {title}"
+            for reason, count in manifest[name].items():
+                yield f"    {count:,} x {reason}"
+
+
+_LINES: dict[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
+    "model": _model_lines,
+    "run": _run_lines,
+    "fit": _fit_lines,
+    "checkpoint": _checkpoint_lines,
+    "shards": _shards_lines,
+    "manifest": _manifest_lines,
+}
+
+
+def _of(number: int | None) -> str:
+    return "" if number is None else f" of {number:,}"
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

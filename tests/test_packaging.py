@@ -37,7 +37,8 @@ def test_no_module_hides_one_of_the_standard_library() -> None:
 
 def test_everything_imported_is_declared() -> None:
     project = PROJECT["project"]
-    requirements = project["dependencies"]
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *(item for name in extras if name != "dev" for item in extras[name])]
     declared = {re.split(r"[^\w.-]", requirement)[0] for requirement in requirements}
     imported = set()
     for package in PACKAGES:

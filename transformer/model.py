@@ -6,11 +6,13 @@ Pre-normalization, SwiGLU (Shazeer 2020), normalized queries and keys (Henry et 
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tessera.config import from_plain
 from tessera.errors import UserError
@@ -274,6 +276,8 @@ class Prior(nn.Module):
     Args:
         config: sizes; see `PriorConfig`.
         attention_backend: how attention is computed; see `transformer.attention.attention`.
+        checkpoint_activations: whether a pass with gradients keeps no more than what enters each block, and computes
+            the rest once more on the way back (Chen et al. 2016, "Training deep nets with sublinear memory cost").
 
     Attributes:
         masks: the mask of each layer, first layer first.
@@ -291,10 +295,13 @@ class Prior(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: PriorConfig, *, attention_backend: Backend = "auto") -> None:
+    def __init__(
+        self, config: PriorConfig, *, attention_backend: Backend = "auto", checkpoint_activations: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         self.attention_backend: Backend = attention_backend
+        self.checkpoint_activations = checkpoint_activations
         self.layout = layout = config.layout
         self.masks = config.masks()
         self.text_embedding = nn.Embedding(layout.num_text_ids, config.dim)
@@ -427,7 +434,12 @@ class Prior(nn.Module):
         cos, sin = self.cos[: x.shape[1]], self.sin[: x.shape[1]]
         layers = [None] * len(self.masks) if cache is None else cache.layers
         for block, mask, layer in zip(self.blocks, self.masks, layers, strict=True):
-            x = block(x, cos, sin, mask, cache=layer, backend=self.attention_backend)
+            run = partial(block, cache=layer, backend=self.attention_backend)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # nothing in a block is random
+                x = checkpoint(run, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = run(x, cos, sin, mask)
         return self.norm(x)
 
     def _check(self, name: str, value: Tensor, length: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tessera.config import load, to_plain
+from tessera.config import from_plain, load, to_plain
 from tessera.data.order import SampleKey, mix, permuted
 from tessera.data.shards import TokenShards, batches
 from tessera.errors import UserError
@@ -18,9 +18,11 @@ from tessera.precision import resolve_device, resolve_precision
 from tessera.text_tokenizer import TextTokenizer
 from tessera.training import stage
 from tessera.training.optim import OptimizerConfig
+from tessera.training.processes import first_goes_ahead, is_first, join, on_first, whole_state_dict
+from tessera.training.progress import count_operations
 from tessera.training.run import TrainerConfig, run_training
 from transformer.attention import AttentionConfig, describe_backends
-from transformer.lit import PriorLit
+from transformer.lit import PriorLit, Show
 from transformer.model import Prior, PriorConfig, SequenceLayout
 
 _MOST_VALIDATION_SAMPLES = 512
@@ -47,6 +49,8 @@ class TrainConfig:
     """chance, 0 to 1, that a merge of the text tokenizer is skipped in training"""
     validation_share: float = 0.02
     """share of the samples, 0 to 1, kept out of training"""
+    init_from: str | None = None
+    """model folder whose prior the training starts from; null begins with new weights"""
     out: str = "my-model"
     """model folder that receives the prior part"""
     run_dir: str = "runs/prior"
@@ -110,8 +114,13 @@ def split_rows(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, *, show: Show | None = None) -> dict[str, Any]:
     """Trains and exports; resumes or returns at once where that was done before.
+
+    Args:
+        config: the run.
+        show: draws what the prior makes of a few captions, see `transformer.lit.PriorLit`; not where processes hold
+            parts of the weights.
 
     Returns:
         steps, seconds, metrics (last value of everything logged) and sha256 of the exported part.
@@ -120,53 +129,77 @@ def train(config: TrainConfig) -> dict[str, Any]:
         UserError: if the shards were made with another dvae or tokenizer than the model folder holds.
         KeyboardInterrupt: after saving, when the user interrupted.
     """
+    processes = join(config.trainer.device)
     run_dir, out = Path(config.run_dir), Path(config.out)
     shards = TokenShards(Path(config.shards))
     folder = ModelFolder.open(out, parts=["dvae"])
     tokenizer = TextTokenizer(folder.tokenizer_proto())
     check_shards(shards, folder)
-    config = replace(config, model=replace(config.model, layout=layout_of(shards, tokenizer)))
+    layout = layout_of(shards, tokenizer)
+    begins_with = None
+    if config.init_from is not None:
+        begins_with = stage.weights_to_start_from(config.init_from, "prior", tokenizer_sha256=tokenizer.sha256)
+        config = replace(config, model=_sizes_of(begins_with, layout))
+    config = replace(config, model=replace(config.model, layout=layout))
     index = shards.index
     _announce_attention(config)
     inputs = {"dvae": index.dvae_sha256, "tokenizer": tokenizer.sha256, "corpus": index.corpus_fingerprint}
     if index.crops > 1:
         inputs["views"] = f"{index.crops}, crop_scale {index.crop_scale:g}, flip {index.flip}, seed {index.crop_seed}"
-    finished = stage.begin(run_dir, config, inputs=inputs)
+    if begins_with is not None:
+        inputs["init_from"] = begins_with.part_sha256("prior")
+    with first_goes_ahead():
+        finished = stage.begin(run_dir, config, inputs=inputs)
     if finished is not None and _is_exported(out, finished["sha256"]):
         return finished
     train_rows, validation_rows = split_rows(len(shards), config.validation_share)
     source = TokenBatches(
         shards, train_rows, tokenizer, condition_dropout=config.condition_dropout, bpe_dropout=config.bpe_dropout
     )
+    is_cut = processes.world_size > 1 and config.trainer.strategy == "fsdp"
     torch.manual_seed(config.trainer.seed)
-    model = Prior(config.model, attention_backend=config.attention.backend)
+    model = Prior(
+        config.model,
+        attention_backend=config.attention.backend,
+        checkpoint_activations=config.trainer.checkpoint_activations,
+    )
+    if begins_with is not None:
+        stage.start_from(model, begins_with, "prior")
     result = run_training(
-        PriorLit(model, optim=config.optim),
+        PriorLit(model, optim=config.optim, show=show if processes.is_first and not is_cut else None),
         source,
         name="prior",
         config=config.trainer,
         optim=config.optim,
         run_dir=run_dir,
         validation=validation_batches(shards, validation_rows, tokenizer),
+        unit="tokens",
+        per_sample=layout.seq_len,
+        operations=lambda: operations_per_sample(config.model),
     )
-    sha256 = write_part(
-        out,
-        "prior",
-        config=to_plain(config.model),
-        tensors=model.state_dict(),
-        requires={"dvae": shards.index.dvae_sha256, "tokenizer": tokenizer.sha256},
-        metadata={
-            "corpus": shards.index.corpus_name,
-            "image_size": [shards.index.image_height, shards.index.image_width],
-            "samples": len(train_rows),
-            "condition_dropout": config.condition_dropout,
-            "steps": result.steps,
-            "measured": result.metrics,
-        },
-    )
-    finished = {"steps": result.steps, "seconds": result.seconds, "metrics": result.metrics, "sha256": sha256}
-    stage.finish(run_dir, finished)
-    return finished
+    tensors = whole_state_dict(model)
+
+    def export() -> dict[str, Any]:
+        sha256 = write_part(
+            out,
+            "prior",
+            config=to_plain(config.model),
+            tensors=tensors,
+            requires={"dvae": index.dvae_sha256, "tokenizer": tokenizer.sha256},
+            metadata={
+                "corpus": index.corpus_name,
+                "image_size": [index.image_height, index.image_width],
+                "samples": len(train_rows),
+                "condition_dropout": config.condition_dropout,
+                "steps": result.steps,
+                "measured": result.metrics,
+            },
+        )
+        finished = {"steps": result.steps, "seconds": result.seconds, "metrics": result.metrics, "sha256": sha256}
+        stage.finish(run_dir, finished)
+        return finished
+
+    return on_first(export)
 
 
 def _announce_attention(config: TrainConfig) -> None:
@@ -186,7 +219,40 @@ def _announce_attention(config: TrainConfig) -> None:
         )
     except ValueError as error:
         raise UserError(f"attention.backend: {error}") from None
-    print(f"attention: {chosen}", file=sys.stderr)
+    if is_first():
+        print(f"attention: {chosen}", file=sys.stderr)
+
+
+def _sizes_of(folder: ModelFolder, layout: SequenceLayout) -> PriorConfig:
+    """The sizes of the prior that training starts from, whose sequence must be that of the shards."""
+    config = from_plain(PriorConfig, folder.config("prior"), source=f"{folder.path}/prior/config.yaml")
+    if config.layout != layout:
+        raise UserError(
+            f"init_from={folder.path}: its prior reads sequences of {_shown(config.layout)}, the shards hold "
+            f"{_shown(layout)}: encode with the dvae and tokenizer of that folder and "
+            f"text_len={config.layout.text_len}, at its image size"
+        )
+    return config
+
+
+def _shown(layout: SequenceLayout) -> str:
+    return (
+        f"{layout.text_len} text positions of {layout.text_vocab_size:,} pieces and {layout.grid_height}x"
+        f"{layout.grid_width} of {layout.codebook_size:,} codes"
+    )
+
+
+def operations_per_sample(config: PriorConfig) -> int:
+    """Floating-point operations of training on one sample; attention counts as if it were dense."""
+
+    def loss(model: Prior) -> torch.Tensor:
+        text_ids, codes = (
+            torch.zeros(1, count, dtype=torch.int64) for count in (model.layout.text_len, model.layout.image_len)
+        )
+        output = model(text_ids, codes)
+        return output.text_logits.sum() + output.image_logits.sum()
+
+    return count_operations(lambda: Prior(config, attention_backend="sdpa"), loss)
 
 
 def validation_batches(
@@ -231,12 +297,17 @@ def _is_exported(out: Path, sha256: str) -> bool:
         return False
 
 
+def tell(config: TrainConfig, result: dict[str, Any]) -> None:
+    """Says what came of a training, once for all processes."""
+    if is_first():
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
+        print(f"prior in {config.out}: {result['steps']:,} steps, {result['seconds']:,.0f} s, {shown}")
+
+
 def main(argv: Sequence[str]) -> int:
     """The command."""
     config = load(TrainConfig, argv, prog="tessera train-prior")
-    result = train(config)
-    shown = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
-    print(f"prior in {config.out}: {result['steps']:,} steps, {result['seconds']:,.0f} s, {shown}")
+    tell(config, train(config))
     return 0
 
 

@@ -1,13 +1,17 @@
-"""Captions: any text in, one clean line out; and the files that hold them, one caption a line."""
+"""Captions: any text in, one clean line out; and where they are found: in files, one a line, and in rows of tables."""
 
 import codecs
+import json
 import os
 import unicodedata
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from tessera.data.images import read_file
 
 CAPTION_SUFFIXES = (".txt", ".caption")
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 MAX_CHARACTERS = 1_000
 MAX_FILE_BYTES = 2**20
 
@@ -62,7 +66,11 @@ def read_caption_file(path: str | os.PathLike[str]) -> CaptionFile:
     Raises:
         ImageError: the file cannot be read.
     """
-    content = read_file(path, first_bytes=MAX_FILE_BYTES + 1)
+    return parse_caption_file(read_file(path, first_bytes=MAX_FILE_BYTES + 1))
+
+
+def parse_caption_file(content: bytes) -> CaptionFile:
+    """What `read_caption_file` does with a file's bytes, of which more than 1 MiB + 1 need not be given."""
     notes = []
     if len(content) > MAX_FILE_BYTES:
         # Behind a line, or at least a word, so that no character is torn.
@@ -78,6 +86,56 @@ def read_caption_file(path: str | os.PathLike[str]) -> CaptionFile:
         if cleaned.text:
             captions[cleaned.text] = None
     return CaptionFile(tuple(captions) or ("",), tuple(notes))
+
+
+def row_captions(row: Mapping[str, Any]) -> list[str]:
+    """The captions in the row of a table, as they are written there; [] where no column of captions has a value.
+
+    The first of the columns text, caption, captions and prompt that has a value, however its name is capitalized.
+    """
+    by_name = {name.strip().lower(): value for name, value in row.items() if isinstance(name, str)}
+    value = next((by_name[column] for column in CAPTION_COLUMNS if by_name.get(column) is not None), None)
+    return list(captions_of(value))
+
+
+def captions_of(value: Any) -> tuple[str, ...]:
+    """The captions in a field: one string, a list of strings, or a list of strings written as JSON in one string."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
+            parsed = None
+        # A caption may itself begin with a bracket.
+        if isinstance(parsed, list) and all(isinstance(caption, str) for caption in parsed):
+            value = parsed
+    if isinstance(value, str):
+        return (value,)
+    return tuple(caption for caption in value if isinstance(caption, str)) if isinstance(value, list) else ()
+
+
+def caption_columns(names: Iterable[str]) -> list[str]:
+    """Those columns of a table, as they are spelled, in which `row_captions` looks."""
+    return [name for name in names if name.strip().lower() in CAPTION_COLUMNS]
+
+
+def clean_captions(captions: Iterable[str], notes: Counter[str]) -> tuple[str, ...]:
+    """Cleans the captions of one image and leaves out blank and repeated ones.
+
+    Args:
+        captions: as they were found.
+        notes: counts what was changed.
+
+    Returns:
+        At least one caption, which is empty if all are; () only if there were none.
+    """
+    kept: dict[str, None] = {}  # a set that keeps its order
+    for caption in captions:
+        cleaned = clean_and_note(caption)
+        notes.update(cleaned.notes)
+        kept[cleaned.text] = None
+    if len(kept) > 1:
+        kept.pop("", None)
+    return tuple(kept)
 
 
 def decode_text(content: bytes) -> tuple[str, tuple[str, ...]]:

@@ -13,7 +13,7 @@ class DataConfig:
     """A corpus and how its pictures are cut."""
 
     path: str = "scenes"
-    """scenes, emoji, a folder of captioned images or a manifest"""
+    """scenes, emoji, a folder of captioned images, a tar, Parquet or metadata file, hf:NAME, or a manifest"""
     image_size: tuple[int, int] = (64, 64)
     """height and width in pixels; pictures are cropped to this aspect around their center and resized"""
     limit: int | None = None
@@ -23,13 +23,18 @@ class DataConfig:
     font: str | None = None
     """color font for emoji; null searches for one"""
     cache_dir: str | None = None
-    """where manifests, rejects and decoded pictures are kept between runs; null keeps them in memory"""
+    """where manifests, rejects and decoded pictures are kept between runs; null keeps them for one run only"""
+    cache_gib: float = 64.0
+    """most GiB that all decoded pictures may take as one array; those of a larger corpus are decoded when needed"""
 
     def __post_init__(self) -> None:
         if min(self.image_size) < 8:
             raise UserError(
                 f"data.image_size must be at least 8x8 pixels; got {self.image_size[0]}x{self.image_size[1]}"
             )
+
+        if self.cache_gib < 0:
+            raise UserError(f"data.cache_gib must be at least 0; got {self.cache_gib}")
 
     @property
     def cache_path(self) -> Path | None:

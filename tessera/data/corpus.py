@@ -1,9 +1,7 @@
 """Corpora: numbered pictures with captions, whether they are drawn, rendered from a font, or read from files."""
 
-import hashlib
-import json
-import logging
-from collections.abc import Generator, Iterator
+import math
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -14,19 +12,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tessera.atomic_write import atomic_write
-from tessera.data.images import ImageError, fit_to, open_image, read_file
-from tessera.data.manifest import Manifest, Progress, ingest, split_key
+from tessera.data.ingest import OnProgress, ingest
+from tessera.data.manifest_corpus import ManifestCorpus
 from tessera.data.read_ahead import read_ahead
-from tessera.data.sources import resolve_inside
+from tessera.data.reading import HUB_PREFIX
+from tessera.data.source import EXPECTED
 from tessera.data.views import Views, cut_views
 from tessera.errors import UserError
 from tessera.precision import usable_cores
 
 NUM_SCENES = {"train": 20_000, "validation": 1_000}
-VERSION = 1
 _BATCH = 256
-
-_logger = logging.getLogger(__name__)
+_MOST_DECODING_THREADS = 8  # each loader process has its own
 
 
 class Corpus(Protocol):
@@ -51,99 +48,50 @@ class Corpus(Protocol):
         ...
 
 
-class ManifestCorpus:
-    """Image files, decoded and fitted when they are asked for.
-
-    A file that was sound at ingest may have changed or gone since. The order of all others must not change then, so the
-    next good picture takes its place: `image` finds it, and `captions` of the same index are the substitute's from then
-    on.
+class LazyImages:
+    """The pictures of a corpus as if they were one array, which would be too large: rows are decoded when asked for.
 
     Args:
-        manifest: what `ingest` returned.
-        image_size: (height, width) in pixels; pictures are cropped in the middle to this aspect and resized.
-        split: "train" or "validation". Fewer than 10 images have no validation split: they are used for both.
-        limit: keep only so many, chosen by a keyed hash.
+        corpus: any corpus.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        *,
-        image_size: tuple[int, int],
-        split: Literal["train", "validation"] = "train",
-        limit: int | None = None,
-    ) -> None:
-        self.name = manifest.root.name
-        self.manifest = manifest
-        self.image_size = image_size
-        self.split = split
-        records = manifest.of_split(split) or manifest.records
-        if limit is not None and limit < len(records):
-            chosen = {record.id for record in sorted(records, key=lambda record: split_key(record.sha256))[-limit:]}
-            records = tuple(record for record in records if record.id in chosen)
-        self.records = records
-        self.substitutes: dict[int, int] = {}
-        """Index of a file that has become unusable -> index of the picture that stands in for it."""
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[N, H, W, 3]."""
+        return (len(self.corpus), *self.corpus.image_size, 3)
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.corpus)
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Returns the captions of what `image(index)` returned."""
-        return self.records[self.substitutes.get(index, index)].captions
+    def __getitem__(self, rows: Sequence[int] | NDArray[np.integer] | slice) -> NDArray[np.uint8]:
+        """Decodes some pictures in a few threads.
 
-    def image(self, index: int) -> NDArray[np.uint8]:
-        """Reads picture `index`: [height, width, 3], RGB.
+        Args:
+            rows: n numbers in [0, N) in any order, or a slice.
 
-        Raises:
-            UserError: no file of the corpus can be read any more.
-        """
-        return fit_to(self.picture(index), self.image_size)
-
-    def picture(self, index: int) -> Image.Image:
-        """Reads picture `index` before it is cropped and resized; a large JPEG at no less than twice the image size.
+        Returns:
+            uint8 [n, H, W, 3], a new array.
 
         Raises:
+            IndexError: for numbers out of range or anything but a row of numbers.
             UserError: no file of the corpus can be read any more.
         """
-        try:
-            return self._read(self.substitutes.get(index, index))
-        except ImageError as error:
-            return self._substitute(index, error)
-
-    def fingerprint(self) -> str:
-        """Returns a sha256 over the hashes of the files, the captions and the size."""
-        identity = {
-            "version": VERSION,
-            "image_size": list(self.image_size),
-            "records": [[record.sha256, *record.captions] for record in self.records],
-        }
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-    def _read(self, index: int) -> Image.Image:
-        record = self.records[index]
-        content = read_file(resolve_inside(self.manifest.root, record.source))
-        if hashlib.sha256(content).hexdigest() != record.sha256:
-            raise ImageError("the file has changed since it was ingested")
-        return open_image(content, enough_for=self.image_size)
-
-    def _substitute(self, index: int, error: ImageError) -> Image.Image:
-        count = len(self.records)
-        for step in range(1, count):
-            substitute = (index + step) % count
-            try:
-                picture = self._read(substitute)
-            except ImageError:
-                continue
-            if not self.substitutes:
-                _logger.warning(
-                    "%s: %s; another picture takes its place, and so for all further ones that fail",
-                    self.records[index].source,
-                    error,
-                )
-            self.substitutes[index] = substitute
-            return picture
-        raise UserError(f"no image of {self.manifest.root} can be read any more: {self.records[index].source}: {error}")
+        indices = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
+        if indices.ndim != 1 or (len(indices) and not 0 <= indices.min() <= indices.max() < len(self)):
+            raise IndexError(f"expected a list of rows in [0, {len(self)}), got {rows!r:.100}")
+        images = np.empty((len(indices), *self.shape[1:]), np.uint8)
+        threads = _decoding_threads(self.corpus, most=_MOST_DECODING_THREADS)
+        with closing(
+            read_ahead(self.corpus.image, indices.tolist(), threads=threads, most_ahead=max(1, len(indices)))
+        ) as pictures:
+            for place, picture in enumerate(pictures):
+                images[place] = picture
+        return images
 
 
 def open_corpus(
@@ -155,20 +103,20 @@ def open_corpus(
     limit: int | None = None,
     font: str | None = None,
     cache_dir: Path | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Corpus:
     """Opens a corpus by name or path.
 
     Args:
-        spec: "scenes", "emoji", a folder of captioned images, or a manifest (.jsonl or .csv).
+        spec: "scenes", "emoji", or what `ingest` takes: a folder of captioned images, an archive, a manifest.
         image_size: (height, width) in pixels.
         split: "train", or "validation" for pictures that are never trained on.
         seed: which scenes are drawn; other corpora do not depend on it.
         limit: keep only so many pictures; for scenes it is their number (20,000 to train on and 1,000 for validation if
             None).
         font: path of the color font for emoji; searched for if None.
-        cache_dir: where the manifest and the rejects of a folder are written, and looked for by the next call.
-        on_progress: called with (images checked, images in all) while a folder is ingested.
+        cache_dir: where the manifest and the rejects are written, and looked for by the next call.
+        on_progress: called with (images checked, images in all or None) during an ingest.
 
     Raises:
         UserError: there is nothing under this name, or nothing in it can be used.
@@ -185,18 +133,34 @@ def open_corpus(
         from tessera.data.emoji import EmojiCorpus
 
         return EmojiCorpus(image_size, split=split, font=font, limit=limit)
-    path = Path(spec).expanduser()
-    if not path.exists():
-        raise UserError(
-            f"no data {spec!r}: expected scenes, emoji, an existing folder of captioned images, "
-            "or a manifest (.jsonl or .csv)"
-        )
-    manifest = ingest(path, directory=cache_dir, on_progress=on_progress)
+    if not spec.startswith(HUB_PREFIX) and not Path(spec).expanduser().exists():
+        raise UserError(f"no data {spec!r}: expected scenes, emoji, {EXPECTED}")
+    manifest = ingest(spec, directory=cache_dir, on_progress=on_progress)
     return ManifestCorpus(manifest, image_size=image_size, split=split, limit=limit)
 
 
+def open_images(
+    corpus: Corpus, *, directory: Path | None = None, most_gib: float, on_progress: OnProgress | None = None
+) -> NDArray[np.uint8] | LazyImages:
+    """All pictures of a corpus: as one array while that is small enough, else decoded whenever they are asked for.
+
+    Args:
+        corpus: any corpus.
+        directory: see `load_images`.
+        most_gib: GiB (2^30 bytes) that the array may take, in memory or on the disk of `directory`.
+        on_progress: see `load_images`.
+
+    Returns:
+        uint8 [N, height, width, 3], RGB; both kinds have `shape` and `dtype` and take a list of rows.
+    """
+    images = LazyImages(corpus)
+    if math.prod(images.shape) > most_gib * 2**30:
+        return images
+    return load_images(corpus, directory=directory, on_progress=on_progress)
+
+
 def load_images(
-    corpus: Corpus, *, directory: Path | None = None, on_progress: Progress | None = None
+    corpus: Corpus, *, directory: Path | None = None, on_progress: OnProgress | None = None
 ) -> NDArray[np.uint8]:
     """Puts all pictures of a corpus into one array.
 
@@ -281,9 +245,7 @@ def read_views(
             picture = Image.fromarray(corpus.image(index))
         return cut_views(picture, corpus.image_size, views, index=index)
 
-    # Decoders release Python's lock; drawing does not, and fonts are not made for several threads.
-    is_drawn = images is None and not isinstance(corpus, ManifestCorpus)
-    threads = 1 if is_drawn else usable_cores()
+    threads = _decoding_threads(corpus) if images is None else usable_cores()
     indices = range(start, len(corpus))
     at_once = max(1, len(indices)) if ahead else batch_size
     for first in range(0, len(indices), at_once):
@@ -293,7 +255,14 @@ def read_views(
                 yield np.stack(batch)
 
 
-def _reported(corpus: Corpus, on_progress: Progress | None) -> Iterator[NDArray[np.uint8]]:
+def _decoding_threads(corpus: Corpus, *, most: int | None = None) -> int:
+    """Decoders release Python's lock; drawing does not, and fonts are not made for several threads."""
+    if not isinstance(corpus, ManifestCorpus):
+        return 1
+    return usable_cores() if most is None else min(most, usable_cores())
+
+
+def _reported(corpus: Corpus, on_progress: OnProgress | None) -> Iterator[NDArray[np.uint8]]:
     """All pictures in their order, uint8 [n, 1, height, width, 3]."""
     done = 0
     with closing(read_views(corpus, Views(), batch_size=_BATCH)) as batches:

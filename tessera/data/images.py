@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from tessera.atomic_write import atomic_write
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+IMAGE_SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MIN_SIDE_PIXELS = 8
 MAX_PIXELS = 50_000_000
 MAX_FILE_BYTES = 512 * 2**20

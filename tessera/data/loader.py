@@ -26,11 +26,12 @@ class KeyedLoader:
 
     Args:
         source: what turns keys into tensors.
-        batch_size: draws per step over all ranks; must be a multiple of `world_size`.
+        batch_size: draws per step over all ranks; must be a multiple of `world_size` x `accumulate`.
         seed: keys the order and every draw.
         start_step: optimizer steps already done; iteration continues with the batch after them.
         rank: this process's place among `world_size` processes that share each batch.
         world_size: number of processes.
+        accumulate: parts into which a process cuts its share of a batch; they come one after the other.
         num_workers: loading processes; 0 loads in the training process.
 
     Raises:
@@ -46,29 +47,41 @@ class KeyedLoader:
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        accumulate: int = 1,
         num_workers: int = 0,
     ) -> None:
         if len(source) == 0:
             raise ValueError("cannot load batches from an empty source")
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch_size must be a positive multiple of {world_size} processes; got {batch_size}")
+        if batch_size < 1 or batch_size % (world_size * accumulate):
+            raise ValueError(
+                f"batch_size must be a positive multiple of {world_size} processes x {accumulate} parts; "
+                f"got {batch_size}"
+            )
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self.start_step, self.rank, self.world_size, self.num_workers = start_step, rank, world_size, num_workers
+        self.accumulate = accumulate
 
     def keys(self, step: int) -> list[SampleKey]:
         """This rank's draws of optimizer step `step`."""
         keys = sample_keys(step * self.batch_size, self.batch_size, size=len(self.source), seed=self.seed)
         return keys[self.rank :: self.world_size]
 
+    def parts(self) -> Iterator[list[SampleKey]]:
+        """The draws of one batch after the other, without end."""
+        step = self.start_step
+        while True:
+            keys = self.keys(step)
+            for part in range(self.accumulate):
+                yield keys[part :: self.accumulate]
+            step += 1
+
     def __iter__(self) -> Iterator[Batch]:
         if self.num_workers == 0:
-            step = self.start_step
-            while True:
-                yield self.source.batch(self.keys(step))
-                step += 1
+            for keys in self.parts():
+                yield self.source.batch(keys)
         loader = DataLoader(
             _BatchDataset(self.source),
-            sampler=_StepSampler(self),
+            sampler=_PartSampler(self),
             batch_size=None,
             num_workers=self.num_workers,
             prefetch_factor=4,
@@ -76,17 +89,14 @@ class KeyedLoader:
         yield from loader
 
 
-class _StepSampler(Sampler[list[SampleKey]]):
-    """Yields one step's keys after the other, so that a worker receives whole batches."""
+class _PartSampler(Sampler[list[SampleKey]]):
+    """Yields the keys of one batch after the other, so that a worker receives whole batches."""
 
     def __init__(self, loader: KeyedLoader) -> None:
         self.loader = loader
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        step = self.loader.start_step
-        while True:
-            yield self.loader.keys(step)
-            step += 1
+        return self.loader.parts()
 
 
 class _BatchDataset(Dataset[Batch]):

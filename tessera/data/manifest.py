@@ -1,42 +1,50 @@
-"""Ingest: any layout of captioned images -> a checked list of records, with every refusal counted and explained.
+"""The manifest: which images are trained on, what is said of each, and what was refused; on the disk, not in memory.
 
-On disk a manifest is JSON lines: a header, then one record a line; `rejects.jsonl` beside it holds the refused files.
+    manifest.jsonl   a header with all counts, then a record a line, for people and for `Manifest`
+    manifest.index   where each line begins, see `tessera.data.manifest_index`
+    rejects.jsonl    what was refused, and why
+
+Opening one reads the header and maps the index. A record costs one read and one JSON line when it is asked for.
 """
 
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+import weakref
+from array import array
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Self, get_origin, get_type_hints
 
-from tessera.atomic_write import atomic_write
-from tessera.data.images import ImageError, open_image, read_file
-from tessera.data.sources import IMAGE_SUFFIXES, Candidate, Reject, Sources, find_sources, resolve_inside
+import numpy as np
+from numpy.typing import NDArray
+
+from tessera.data.candidates import Location, Reject
+from tessera.data.manifest_index import TRAIN, VALIDATION, Index, map_index, write_index
 from tessera.errors import UserError
 
-MANIFEST_VERSION = 1
-VALIDATION_SHARE = 0.05
-# Fewer images than this are all needed for training.
-MIN_FOR_VALIDATION = 10
+# N records.
+
+MANIFEST_VERSION = 2
+MANIFEST_NAME, REJECTS_NAME = "manifest.jsonl", "rejects.jsonl"
+_MOST_HEADER_BYTES = 2**20
+_RECORDS_AT_ONCE = 1024
+_AGAIN = "ingest the images again"
 
 Split = Literal["train", "validation"]
-Progress = Callable[[int, int], None]  # (done, total)
+SPLITS: tuple[Split, Split] = ("train", "validation")  # by the numbers of the index
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One image that was decoded once and may be trained on."""
 
     id: str
-    """The first 16 hex digits of `sha256`: the same wherever the file lies, so random choices can be keyed by it."""
-    source: str
-    """Path below the manifest's root, with forward slashes."""
+    """The first 16 hex digits of `sha256`: the same wherever the image lies, so random choices can be keyed by it."""
+    location: Location
     sha256: str
-    """Of the file's bytes."""
+    """Of the image file's bytes."""
     width: int
     """Pixels, after EXIF rotation."""
     height: int
@@ -44,129 +52,201 @@ class Record:
     """At least one; it may be empty."""
     split: Split
 
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What an ingest found: seen = kept + rejected + duplicate, always."""
-
-    root: Path
-    records: tuple[Record, ...]
-    rejects: tuple[Reject, ...]
-    duplicates: tuple[Reject, ...]
-    """Files whose bytes were already there under another name."""
-    notes: Mapping[str, int] = field(default_factory=dict)
-    """What was changed in images or captions that were kept, and how often."""
-    listing: str = ""
-    """sha256 over names, sizes and times of the files, by which a later ingest knows that nothing has changed."""
-
-    @property
-    def num_seen(self) -> int:
-        return len(self.records) + len(self.rejects) + len(self.duplicates)
-
-    def reasons(self) -> list[tuple[str, int]]:
-        """Kinds of refusal with their counts, the commonest first."""
-        return Counter(reject.reason.partition(":")[0] for reject in self.rejects).most_common()
-
-    def summary(self) -> str:
-        """One line: "seen 120 = kept 113 + rejected 5 + duplicate 2; rejected: 3 no caption, 2 truncated"."""
-        line = (
-            f"seen {self.num_seen} = kept {len(self.records)} + rejected {len(self.rejects)} "
-            f"+ duplicate {len(self.duplicates)}"
-        )
-        if self.rejects:
-            line += "; rejected: " + ", ".join(f"{count} {reason}" for reason, count in self.reasons())
-        if self.notes:
-            line += "; noted: " + ", ".join(f"{count} {note}" for note, count in self.notes.items())
-        return line
-
-    def of_split(self, split: Split) -> tuple[Record, ...]:
-        return tuple(record for record in self.records if record.split == split)
-
-    def write(self, directory: Path) -> None:
-        """Writes manifest.jsonl and rejects.jsonl; each appears whole or not at all."""
-        directory.mkdir(parents=True, exist_ok=True)
-        header = {
-            "tessera_manifest": MANIFEST_VERSION,
-            "root": str(self.root),
-            "seen": self.num_seen,
-            "kept": len(self.records),
-            "rejected": len(self.rejects),
-            "duplicate": len(self.duplicates),
-            "notes": dict(self.notes),
-            "listing": self.listing,
-        }
-        refused = [{"kind": "rejected", **reject._asdict()} for reject in self.rejects]
-        refused += [{"kind": "duplicate", **reject._asdict()} for reject in self.duplicates]
-        # The manifest last: where it is, the rejects that its header counts are there too.
-        _write_lines(directory / "rejects.jsonl", refused)
-        _write_lines(directory / "manifest.jsonl", [header, *map(asdict, self.records)])
+    def to_row(self) -> dict[str, Any]:
+        """What its line says: the record in plain values, without the parts of the location that do not apply."""
+        values = self._asdict()
+        del values["location"], values["id"]
+        location = {name: value for name, value in self.location._asdict().items() if value not in (None, "")}
+        return {"id": self.id, **location, **values}
 
     @classmethod
-    def read(cls, path: Path) -> "Manifest":
-        """Reads manifest.jsonl, and rejects.jsonl beside it if it is there. No image is opened.
+    def of_row(cls, row: Any) -> Self | None:
+        """The record that a line says; None if it says none."""
+        match row:
+            case {
+                "id": str(identity),
+                "file": str(file),
+                "sha256": str(sha256),
+                "width": int(width),
+                "height": int(height),
+                "captions": [str(), *_] as captions,
+                "split": "train" | "validation" as split,
+            } if all(isinstance(caption, str) for caption in captions):
+                location = Location(file, row.get("member", ""), row.get("offset"), row.get("size"), row.get("row"))
+                if isinstance(location.member, str) and all(_is_place(place) for place in location[2:]):
+                    return cls(identity, location, sha256, width, height, tuple(captions), split)
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """The first line of a manifest: seen = kept + rejected + duplicate, always."""
+
+    tessera_manifest: int = MANIFEST_VERSION
+    name: str
+    """of the data set"""
+    root: str
+    """the folder below which the images lie"""
+    seen: int
+    kept: int
+    rejected: int
+    duplicate: int
+    """files whose bytes were already there under another name"""
+    reasons: dict[str, int]
+    """kinds of refusal with their counts, the commonest first"""
+    notes: dict[str, int]
+    """what was changed in images or captions that were kept, or passed over, and how often"""
+    content: dict[str, str]
+    """of each split, sha256 over the hashes of its images and their captions, in order"""
+    listing: str
+    """sha256 over names, sizes and times of the files, by which a later ingest knows that nothing has changed"""
+
+    def to_line(self) -> bytes:
+        """The line, of a length that does not depend on the hashes in it."""
+        return json.dumps(asdict(self)).encode() + b"\n"
+
+
+class Records:
+    """The kept images in their order; nothing of them is in memory. Safe for threads."""
+
+    def __init__(self, path: Path, index: Index) -> None:
+        self._path, self._index = path, index
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def __len__(self) -> int:
+        return len(self._index.keys)
+
+    def __getitem__(self, number: int) -> Record:
+        """Reads one record, from 0.
+
+        Raises:
+            IndexError: there is none of that number.
+            UserError: the manifest has been damaged since it was opened.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(f"expected a record in [0, {len(self)}), got {number}")
+        return self._parse(self._read(number, number + 1), number)
+
+    def __iter__(self) -> Iterator[Record]:
+        for first in range(0, len(self), _RECORDS_AT_ONCE):
+            lines = self._read(first, min(first + _RECORDS_AT_ONCE, len(self))).splitlines()
+            yield from (self._parse(line, first + place) for place, line in enumerate(lines))
+
+    def of_split(self, split: Split) -> NDArray[np.int64]:
+        """Numbers of a split's records, ascending."""
+        return np.flatnonzero(self._index.splits == SPLITS.index(split))
+
+    def keys(self, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The split keys of these records."""
+        return self._index.keys[numbers]
+
+    def _read(self, start: int, stop: int) -> bytes:
+        begin, end = int(self._index.offsets[start]), int(self._index.offsets[stop])
+        lines = os.pread(self._descriptor, end - begin, begin)
+        if len(lines) < end - begin:
+            raise UserError(f"{self._path} was cut short while it was in use: {_AGAIN}")
+        return lines
+
+    def _parse(self, line: bytes, number: int) -> Record:
+        with suppress(ValueError, RecursionError):
+            record = Record.of_row(json.loads(line))
+            if record is not None:
+                return record
+        raise UserError(f"{self._path}:{number + 2} is not a record of a manifest: {_AGAIN}")
+
+
+class Refusals:
+    """What was refused, read from the disk when it is iterated over."""
+
+    def __init__(self, manifest: "Manifest", *, kind: str, count: int) -> None:
+        # Holding the manifest, as a temporary one takes its files with it.
+        self._manifest, self._kind, self._count = manifest, kind, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Reject]:
+        path = self._manifest.path.with_name(REJECTS_NAME)
+        if not path.exists():  # the manifest was copied without them
+            return
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    row = json.loads(line)
+                    refusal = str(row["kind"]), Reject(str(row["source"]), str(row["reason"]))
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    raise UserError(f"{path}:{number} is not a refusal: {_AGAIN}") from error
+                if refusal[0] == self._kind:
+                    yield refusal[1]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Manifest:
+    """What an ingest has found. It travels to other processes by its path."""
+
+    path: Path
+    root: Path
+    """the folder below which the images lie, resolved"""
+    header: Header
+    records: Records
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Opens manifest.jsonl. No image is opened, and no record is read if the index fits.
 
         Raises:
             UserError: the file is damaged, or from another version.
         """
-        rows = _read_lines(path)
-        header = rows[0] if rows else {}
-        if header.get("tessera_manifest") != MANIFEST_VERSION:
-            raise UserError(f"{path} is not a manifest of version {MANIFEST_VERSION}: ingest the images again")
-        records = tuple(_record(row, f"{path}:{number}") for number, row in enumerate(rows[1:], start=2))
-        if len(records) != header.get("kept"):
-            raise UserError(f"{path} is cut short: {len(records)} of {header.get('kept')} records")
-        refused = _read_lines(path.with_name("rejects.jsonl")) if path.with_name("rejects.jsonl").exists() else []
-        by_kind: dict[str, list[Reject]] = {"rejected": [], "duplicate": []}
-        for row in refused:
-            by_kind.setdefault(str(row.get("kind")), []).append(Reject(str(row.get("source")), str(row.get("reason"))))
+        path = path.absolute()
+        header = _read_header(path)
+        index = map_index(path) or _index_again(path, header)
+        if len(index.keys) != header.kept:
+            raise UserError(f"{path} is cut short: {len(index.keys)} of {header.kept} records")
         # A data set that was moved together with its manifest lies beside it now.
-        root = Path(str(header.get("root", "")))
-        return cls(
-            root=(root if root.is_dir() else path.parent).resolve(),
-            records=records,
-            rejects=tuple(by_kind["rejected"]),
-            duplicates=tuple(by_kind["duplicate"]),
-            notes=header.get("notes", {}),
-            listing=str(header.get("listing", "")),
-        )
+        root = Path(header.root)
+        root = (root if root.is_dir() else path.parent).resolve()
+        return cls(path=path, root=root, header=header, records=Records(path, index))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_same, (type(self), self.path, self.header.content)
 
-def ingest(
-    path: str | os.PathLike[str], *, directory: Path | None = None, on_progress: Progress | None = None
-) -> Manifest:
-    """Finds captioned images, decodes each once, and keeps the good ones.
+    @property
+    def rejects(self) -> Refusals:
+        """What cannot be used."""
+        return Refusals(self, kind="rejected", count=self.header.rejected)
 
-    Args:
-        path: a folder (see `tessera.data.sources` for its layouts), a .jsonl or .csv file with a row per image, or a
-            manifest that was written before, which is read and not checked again.
-        directory: where manifest.jsonl and rejects.jsonl are written. If they are there already and no file has changed
-            since, they are read instead.
-        on_progress: called with (images done, images in all).
+    @property
+    def duplicates(self) -> Refusals:
+        """Files whose bytes were already there under another name."""
+        return Refusals(self, kind="duplicate", count=self.header.duplicate)
 
-    Raises:
-        UserError: nothing is there, or nothing of it can be used; the message gives the commonest reason.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist: expected a folder of captioned images or a manifest")
-    if not path.is_dir():
-        if path.suffix.lower() not in (".jsonl", ".csv"):
-            raise UserError(f"{path} is neither a folder nor a manifest (.jsonl or .csv)")
-        if _is_manifest(path):
-            return _with_records(Manifest.read(path), path)
-    sources = find_sources(path)
-    if not sources.candidates and not sources.rejects:
-        raise UserError(
-            f"no images in {path}: expected {', '.join(suffix[1:] for suffix in IMAGE_SUFFIXES)} files, "
-            "each with its caption in x.txt or in a row of metadata.jsonl or metadata.csv"
-        )
-    known = _known(directory, sources) if directory else None
-    if known is not None:
-        return _with_records(known, path)
-    manifest = _check_all(sources, on_progress)
-    if directory is not None:
-        manifest.write(directory)
-    return _with_records(manifest, path)
+    @property
+    def num_seen(self) -> int:
+        return self.header.seen
+
+    @property
+    def notes(self) -> Mapping[str, int]:
+        """What was changed in images or captions that were kept, or passed over, and how often."""
+        return self.header.notes
+
+    def reasons(self) -> list[tuple[str, int]]:
+        """Kinds of refusal with their counts, the commonest first."""
+        return list(self.header.reasons.items())
+
+    def summary(self) -> str:
+        """One line: "seen 120 = kept 113 + rejected 5 + duplicate 2; rejected: 3 no caption, 2 truncated"."""
+        header = self.header
+        line = f"seen {header.seen} = kept {header.kept} + rejected {header.rejected} + duplicate {header.duplicate}"
+        if header.reasons:
+            line += "; rejected: " + ", ".join(f"{count} {reason}" for reason, count in header.reasons.items())
+        if header.notes:
+            line += "; noted: " + ", ".join(f"{count} {note}" for note, count in header.notes.items())
+        return line
+
+    def of_split(self, split: Split) -> NDArray[np.int64]:
+        """Numbers of a split's records, ascending."""
+        return self.records.of_split(split)
 
 
 def split_key(sha256: str) -> float:
@@ -175,128 +255,70 @@ def split_key(sha256: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def _check_all(sources: Sources, on_progress: Progress | None) -> Manifest:
-    records: list[Record] = []
-    rejects = list(sources.rejects)
-    duplicates: list[Reject] = []
-    source_of: dict[str, str] = {}
-    threads = os.cpu_count() or 1
-    total = len(sources.candidates)
-    with ThreadPoolExecutor(threads) as pool:
-        # In batches, so that Ctrl-C waits for few files and a million of them are not queued at once.
-        for start in range(0, total, 16 * threads):
-            batch = sources.candidates[start : start + 16 * threads]
-            results = pool.map(lambda candidate: _check(sources.root, candidate), batch)
-            for done, checked in enumerate(results, start + 1):
-                if isinstance(checked, Reject):
-                    rejects.append(checked)
-                elif checked.sha256 in source_of:
-                    duplicates.append(Reject(checked.source, f"duplicate: same bytes as {source_of[checked.sha256]}"))
-                else:
-                    source_of[checked.sha256] = checked.source
-                    records.append(checked)
-                if on_progress is not None:
-                    on_progress(done, total)
-    return Manifest(
-        root=sources.root,
-        records=_split(records),
-        rejects=tuple(rejects),
-        duplicates=tuple(duplicates),
-        notes=dict(sources.notes),
-        listing=sources.listing,
-    )
+class ContentDigest:
+    """The hashes by which two manifests of the same images and captions are known to be equal."""
+
+    def __init__(self) -> None:
+        self._digests = {split: hashlib.sha256() for split in SPLITS}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Counts in one record, given as its line says it."""
+        self._digests[row["split"]].update(json.dumps([row["sha256"], *row["captions"]]).encode() + b"\n")
+
+    def hexdigests(self) -> dict[str, str]:
+        """By split."""
+        return {split: digest.hexdigest() for split, digest in self._digests.items()}
 
 
-def _check(root: Path, candidate: Candidate) -> Record | Reject:
+def _read_header(path: Path) -> Header:
+    with path.open("rb") as file:
+        line = file.readline(_MOST_HEADER_BYTES)
     try:
-        content = read_file(resolve_inside(root, candidate.source))
-        image = open_image(content)
-    except ImageError as error:
-        return Reject(candidate.source, str(error))
-    sha256 = hashlib.sha256(content).hexdigest()
-    return Record(
-        id=sha256[:16],
-        source=candidate.source,
-        sha256=sha256,
-        width=image.width,
-        height=image.height,
-        captions=candidate.captions,
-        split="train",
-    )
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(fields, dict) or fields.get("tessera_manifest") != MANIFEST_VERSION:
+        raise UserError(f"{path} is not a manifest of version {MANIFEST_VERSION}: {_AGAIN}")
+    wanted = get_type_hints(Header)
+    if fields.keys() != wanted.keys() or not all(
+        isinstance(fields[name], get_origin(kind) or kind) for name, kind in wanted.items()
+    ):
+        raise UserError(f"{path} is damaged: its first line is not a header")
+    return Header(**fields)
 
 
-def _split(records: list[Record]) -> tuple[Record, ...]:
-    if len(records) < MIN_FOR_VALIDATION:
-        return tuple(records)
-    keys = [split_key(record.sha256) for record in records]
-    limit = max(VALIDATION_SHARE, min(keys))  # at least one
-    return tuple(
-        replace(record, split="validation") if key <= limit else record
-        for record, key in zip(records, keys, strict=True)
-    )
+def _index_again(path: Path, header: Header) -> Index:
+    """Reads all records once, checks them against the header, and writes the index if that is allowed."""
+    offsets, keys, splits = array("q"), array("d"), bytearray()
+    content = ContentDigest()
+    with path.open("rb") as file:
+        offsets.append(len(file.readline()))
+        for number, line in enumerate(file, start=2):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path} is damaged: line {number}: {error}") from error
+            record = Record.of_row(row)
+            if record is None:
+                raise UserError(f"{path}:{number} is not a record of a manifest: {_AGAIN}")
+            offsets.append(offsets[-1] + len(line))
+            keys.append(split_key(record.sha256))
+            splits.append(TRAIN if record.split == "train" else VALIDATION)
+            content.add(row)
+    index = Index.of(offsets, keys, splits)
+    if len(keys) == header.kept and content.hexdigests() != header.content:
+        raise UserError(f"{path} was changed after it was written: {_AGAIN}")
+    with suppress(OSError):  # a folder that may not be written
+        write_index(index, path, path.parent)
+    return index
 
 
-def _with_records(manifest: Manifest, path: Path) -> Manifest:
-    if not manifest.records:
-        reason, count = manifest.reasons()[0] if manifest.rejects else ("it is empty", 0)
-        counts = manifest.summary().partition(";")[0]
-        raise UserError(f"no usable image in {path}: {counts}; mostly: {reason} ({count})")
+def _open_same(cls: type[Manifest], path: Path, content: Mapping[str, str]) -> Manifest:
+    manifest = cls.read(path)
+    if manifest.header.content != content:
+        raise UserError(f"{path} was replaced by another manifest while it was in use")
     return manifest
 
 
-def _known(directory: Path, sources: Sources) -> Manifest | None:
-    """The manifest of an earlier ingest of just these files, if there is a sound one."""
-    try:
-        manifest = Manifest.read(directory / "manifest.jsonl")
-    except (OSError, UserError):
-        return None
-    return manifest if (manifest.root, manifest.listing) == (sources.root, sources.listing) else None
-
-
-def _is_manifest(path: Path) -> bool:
-    with path.open("rb") as file:
-        return b'"tessera_manifest"' in file.read(4096).partition(b"\n")[0]
-
-
-def _record(row: Mapping[str, Any], place: str) -> Record:
-    match row:
-        case {
-            "id": str(identity),
-            "source": str(source),
-            "sha256": str(sha256),
-            "width": int(width),
-            "height": int(height),
-            "captions": [str(), *_] as captions,
-            "split": "train" | "validation" as split,
-        } if all(isinstance(caption, str) for caption in captions):
-            return Record(
-                id=identity,
-                source=source,
-                sha256=sha256,
-                width=width,
-                height=height,
-                captions=tuple(captions),
-                split=split,
-            )
-    raise UserError(f"{place} is not a record of a manifest: ingest the images again")
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}:{number} is not a JSON object")
-                rows.append(row)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    return rows
-
-
-def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            # ASCII, because a file name may hold bytes that are not text.
-            file.write(json.dumps(row, ensure_ascii=True) + "\n")
+def _is_place(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and value >= 0)

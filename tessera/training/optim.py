@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera.errors import UserError
+from tessera.training.processes import like, part_here, whole
 
 # The quintic iteration of the Muon write-up: coefficients chosen for slope at zero, five rounds in bf16.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -131,6 +132,8 @@ class MuonAdamW(torch.optim.Optimizer):
             groups.append({**common, "params": tables, "rule": "adamw", "rate": config.embedding_rate})
         super().__init__(groups, defaults={})
         self._common = common
+        self.product_dtype = torch.bfloat16
+        """in which Muon's products are computed; float32 where training is to be repeatable to the last digits"""
 
     def add_network(self, parameters: list[nn.Parameter], *, rate: float, betas: tuple[float, float]) -> None:
         """Adds a network that learns against the first one, by AdamW; its gradient is clipped apart from all others.
@@ -168,14 +171,16 @@ class MuonAdamW(torch.optim.Optimizer):
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(parameter)
             state["momentum"].lerp_(gradient, 1 - group["momentum"])
-            update = gradient.lerp(state["momentum"], group["momentum"]).flatten(1)  # Nesterov, [rows, columns]
+            # Nesterov, [rows, columns]; whole where processes hold parts, for no part of it knows the directions
+            update = whole(gradient.lerp(state["momentum"], group["momentum"])).flatten(1)
             by_shape[tuple(update.shape)].append((parameter, update))  # type: ignore[index]
         for (rows, columns), entries in by_shape.items():
-            orthogonal = orthogonalize(torch.stack([update for _, update in entries]))
+            orthogonal = orthogonalize(torch.stack([update for _, update in entries]), dtype=self.product_dtype)
             scale = _ADAMW_MATCH * math.sqrt(max(rows, columns))
             for (parameter, _), update in zip(entries, orthogonal.unbind(0), strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.reshape(parameter.shape).to(parameter.dtype), alpha=-group["lr"] * scale)
+                change = like(update.reshape(parameter.shape).to(parameter.dtype), parameter)
+                part_here(parameter).add_(part_here(change), alpha=-group["lr"] * scale)
 
     def _step_adamw(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
@@ -186,31 +191,31 @@ class MuonAdamW(torch.optim.Optimizer):
                 state["mean"] = torch.zeros_like(parameter)
                 state["square"] = torch.zeros_like(parameter)
             state["steps"] += 1
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        means = [self.state[parameter]["mean"] for parameter in parameters]
-        squares = [self.state[parameter]["square"] for parameter in parameters]
+        steps = [self.state[parameter]["steps"] for parameter in parameters]
+        # one number at a time: where processes hold parts, each can change its own
+        gradients = [part_here(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        means = [part_here(self.state[parameter]["mean"]) for parameter in parameters]
+        squares = [part_here(self.state[parameter]["square"]) for parameter in parameters]
+        values = [part_here(parameter) for parameter in parameters]
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
         if group.get("weight_decay"):
-            torch._foreach_mul_(cast(list[Tensor], parameters), 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
         roots = torch._foreach_sqrt(squares)
-        steps = [self.state[parameter]["steps"] for parameter in parameters]
         torch._foreach_div_(roots, [math.sqrt(1 - beta2**count) for count in steps])
         torch._foreach_add_(roots, group["eps"])
-        torch._foreach_addcdiv_(
-            cast(list[Tensor], parameters), means, list(roots), [-group["lr"] / (1 - beta1**count) for count in steps]
-        )
+        torch._foreach_addcdiv_(values, means, list(roots), [-group["lr"] / (1 - beta1**count) for count in steps])
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """Replaces each matrix U S V^T of [n, rows, columns] by approximately U V^T.
+def orthogonalize(matrices: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Replaces each matrix U S V^T of [n, rows, columns] by approximately U V^T, computed in `dtype`.
 
     The singular values of the result lie between about 0.7 and 1.2: close enough for an update's direction, and reached
     with matrix products alone.
     """
     a, b, c = _NEWTON_SCHULZ
-    x = matrices.bfloat16()
+    x = matrices.to(dtype)
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -12,17 +12,23 @@ import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 from tessera.data.loader import Batch, BatchSource, KeyedLoader
+from tessera.data.order import mix
 from tessera.errors import UserError
 from tessera.precision import resolve_device, resolve_precision
-from tessera.training.callbacks import HorizonAveraging, ProgressClock, ProgressLine, RandomState, Saver
-from tessera.training.checkpoint import AtomicCheckpointIO, checkpoint_step, newest_readable
+from tessera.training.averaging import HorizonAveraging
+from tessera.training.callbacks import FullPrecisionUpdates, ProgressClock, RandomState, Saver
+from tessera.training.checkpoint import AtomicCheckpointIO, checkpoint_step, newest_valid
 from tessera.training.guard import GradientGuard
 from tessera.training.memory import reuse_freed_memory
 from tessera.training.metrics import METRICS_DIR, metrics_version
 from tessera.training.optim import OptimizerConfig
+from tessera.training.processes import Processes, gather, is_first, join
+from tessera.training.progress import ProgressLine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +45,13 @@ class TrainerConfig:
     """keys the order of samples and every random choice"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
-    num_devices: int = 1
-    """processes per node, one per GPU (or CPU process); under torchrun or SLURM the launcher's number"""
-    num_nodes: int = 1
-    """machines"""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """how the processes that torchrun or SLURM starts share the work: ddp, all weights in each of them (auto is the
+    same), or fsdp, each holds a part of weights and optimizer state (the prior only); one process needs neither"""
+    accumulate: int = 1
+    """parts, one after the other, into which each process cuts its share of a batch; more of them need less memory"""
+    checkpoint_activations: bool = False
+    """compute the activations of each block of the prior once more on the way back instead of keeping them"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 where the hardware multiplies it, else fp32; auto decides and says so"""
     compile: bool = False
@@ -57,6 +66,10 @@ class TrainerConfig:
     """time between two checkpoints"""
     checkpoint_every_steps: int | None = None
     """steps between two checkpoints, in addition; null for time alone"""
+    spike_factor: float = 10.0
+    """a gradient so many times as large as is usual counts as a spike"""
+    skip_spikes: bool = False
+    """skip steps with such a gradient like those that are not finite"""
     stop_after_skipped: int = 20
     """steps in a row with a loss or gradient that is not finite after which training gives up; each one is skipped"""
     wandb_project: str | None = None
@@ -65,10 +78,11 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if self.stop_after_skipped < 0:
             raise UserError(f"trainer.stop_after_skipped must be at least 0; got {self.stop_after_skipped}")
-        if self.max_steps < 1 or self.batch_size < 1:
-            raise UserError(
-                f"trainer needs max_steps and batch_size of at least 1; got {self.max_steps} and {self.batch_size}"
-            )
+        for name in ("max_steps", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise UserError(f"trainer.{name} must be at least 1; got {getattr(self, name)}")
+        if not self.spike_factor > 1:
+            raise UserError(f"trainer.spike_factor must be above 1; got {self.spike_factor}")
 
 
 class TrainingResult(NamedTuple):
@@ -95,6 +109,9 @@ def run_training(
     run_dir: Path,
     validation: Sequence[Batch] = (),
     callbacks: tuple[Callback, ...] = (),
+    unit: str = "images",
+    per_sample: int = 1,
+    operations: Callable[[], int] | None = None,
 ) -> TrainingResult:
     """Trains `module` in place, resuming from the newest checkpoint in `run_dir`; its weights end as the averaged ones.
 
@@ -107,55 +124,79 @@ def run_training(
         run_dir: receives metrics/, TensorBoard events and checkpoints/.
         validation: batches to validate on; may be empty.
         callbacks: more callbacks.
+        unit: what the progress line counts, in the plural.
+        per_sample: so many units in one sample.
+        operations: gives the floating-point operations of training on one sample, see
+            `tessera.training.progress.count_operations`; None leaves out how well a GPU is used.
 
     Raises:
         KeyboardInterrupt: after saving, when the user interrupted; the same call resumes.
     """
+    processes = join(config.device)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     if device.type == "cpu":
         reuse_freed_memory()
     checkpoint_dir = run_dir / "checkpoints"
-    resume_from, damaged = newest_readable(checkpoint_dir)
-    for path in damaged:
-        logging.getLogger(__name__).warning("damaged checkpoint passed over: %s", path)
+    resume_from = _newest(checkpoint_dir)
     start_step = checkpoint_step(resume_from) if resume_from else 0
-    if config.num_devices * config.num_nodes > 1:
+    if config.batch_size % (processes.world_size * config.accumulate):
         raise UserError(
-            f"training on several processes is not supported yet; "
-            f"got trainer.num_devices={config.num_devices} and trainer.num_nodes={config.num_nodes}"
+            f"trainer.batch_size must be a multiple of {processes.world_size} processes x {config.accumulate} parts "
+            f"(trainer.accumulate); got {config.batch_size}"
         )
 
     clock = ProgressClock(optim, max_steps=config.max_steps, budget_seconds=config.budget_seconds)
     saver = Saver(
         checkpoint_dir, every_seconds=config.checkpoint_every_seconds, every_steps=config.checkpoint_every_steps
     )
-    averaging = [HorizonAveraging(optim.ema_horizon, clock, device=device)] if optim.ema_horizon else []
+    averaging = HorizonAveraging(optim.ema_horizon, clock) if optim.ema_horizon else None
     module.progress = 0.0  # type: ignore[assignment]
+    if processes.rank:  # models begin alike in all processes, their noise must not
+        torch.manual_seed(int(mix(config.seed, processes.rank)) >> 1)
     if config.compile:
         module.model.compile()  # type: ignore[operator]
     with warnings.catch_warnings():
         _silence_lightning()
         trainer = pl.Trainer(
             accelerator="cpu" if device.type == "cpu" else "gpu",
-            devices=[device.index] if device.index is not None else config.num_devices,
-            num_nodes=config.num_nodes,
+            devices=[device.index] if device.index is not None else processes.per_node,
+            num_nodes=processes.num_nodes,
+            strategy=_strategy(config, processes, module),
             precision="bf16-mixed" if precision.name == "bf16" else "32-true",
             max_steps=config.max_steps,
             max_epochs=-1,
+            accumulate_grad_batches=config.accumulate,
             logger=_loggers(config, run_dir, start_step=start_step),
             callbacks=[
                 clock,
-                *averaging,
+                *([averaging] if averaging else []),
                 RandomState(),
-                GradientGuard(clip_norm=optim.clip_norm, stop_after=config.stop_after_skipped, saver=saver),
+                *([FullPrecisionUpdates()] if precision.name == "fp32" else []),
+                GradientGuard(
+                    clip_norm=optim.clip_norm,
+                    stop_after=config.stop_after_skipped,
+                    saver=saver,
+                    spike_factor=config.spike_factor,
+                    skip_spikes=config.skip_spikes,
+                ),
                 saver,
                 *callbacks,
-                ProgressLine(name, clock, batch_size=config.batch_size),
+                ProgressLine(
+                    name,
+                    clock,
+                    batch_size=config.batch_size,
+                    unit=unit,
+                    per_sample=per_sample,
+                    operations=operations,
+                ),
             ],
-            plugins=[AtomicCheckpointIO()],
+            plugins=[
+                AtomicCheckpointIO(known_whole=resume_from),
+                *([processes.environment] if processes.environment else []),
+            ],
             log_every_n_steps=config.log_every_steps,
-            val_check_interval=config.validate_every_steps if validation else None,
+            val_check_interval=config.validate_every_steps * config.accumulate if validation else None,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             enable_progress_bar=False,
@@ -168,8 +209,9 @@ def run_training(
             batch_size=config.batch_size,
             seed=config.seed,
             start_step=start_step,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            accumulate=config.accumulate,
             num_workers=config.num_workers,
         )
         # a bare list would be taken for several loaders
@@ -180,11 +222,33 @@ def run_training(
             raise KeyboardInterrupt from exit_
     if saver.interrupted:
         raise KeyboardInterrupt
-    if resume_from is not None and start_step >= config.max_steps:
-        # Lightning ends such a run before it hands over the averaged weights
-        module.load_state_dict(torch.load(resume_from, map_location="cpu", weights_only=True)["state_dict"])
+    if averaging is not None and start_step >= config.max_steps:
+        averaging.put_restored(module)  # Lightning ends such a run before it begins
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     return TrainingResult(steps=trainer.global_step, seconds=clock.seconds, metrics=metrics)
+
+
+def _newest(directory: Path) -> Path | None:
+    """The checkpoint to go on from: looked for by the first process, so that all go on from the same."""
+    found = None
+    if is_first():
+        found, damaged = newest_valid(directory)
+        for path, reason in damaged:
+            logging.getLogger(__name__).warning("checkpoint passed over: %s: %s", path, reason)
+    return gather(found)[0]
+
+
+def _strategy(config: TrainerConfig, processes: Processes, module: pl.LightningModule) -> Strategy | str:
+    """How the processes share the work; one process needs no strategy, whatever is configured."""
+    if config.strategy == "fsdp" and not is_overridden("configure_model", module):
+        raise UserError("trainer.strategy=fsdp shards the prior; the other stages fit into one device: use ddp")
+    if processes.world_size == 1:
+        return "auto"
+    if config.strategy == "fsdp":
+        return ModelParallelStrategy(
+            data_parallel_size=processes.world_size, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    return DDPStrategy(gradient_as_bucket_view=True)
 
 
 def _loggers(config: TrainerConfig, run_dir: Path, *, start_step: int) -> list[Logger]:

@@ -8,9 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from tessera.atomic_write import atomic_write
 from tessera.config import to_plain
 from tessera.errors import UserError
+from tessera.model_folder import ModelFolder
 from tessera.plain_yaml import read_yaml, write_yaml
 
 CONFIG_FILE = "config.yaml"
@@ -50,6 +53,32 @@ def finish(run_dir: Path, result: dict[str, Any]) -> None:
     """Stores the result of a run that is done."""
     with atomic_write(run_dir / RESULT_FILE) as temporary:
         temporary.write_text(json.dumps(result, indent=1))
+
+
+def weights_to_start_from(init_from: str, part: str, *, tokenizer_sha256: str | None = None) -> ModelFolder:
+    """Opens the model folder whose weights a stage starts from.
+
+    Args:
+        init_from: the folder.
+        part: what is taken from it.
+        tokenizer_sha256: of the text tokenizer that will be trained with; None where the part reads no text.
+
+    Raises:
+        UserError: if the folder has no such part, or one that was trained with another tokenizer.
+    """
+    folder = ModelFolder.open(init_from, parts=[part])
+    trained_with = folder.requires(part).get("tokenizer")
+    if tokenizer_sha256 is not None and trained_with != tokenizer_sha256:
+        raise UserError(
+            f"init_from={init_from}: its {part} was trained with another text tokenizer, whose ids mean other words: "
+            "copy that folder's tokenizer.model into the new model folder first, or train from the start"
+        )
+    return folder
+
+
+def start_from(model: nn.Module, folder: ModelFolder, part: str) -> None:
+    """Loads a part's weights into a model of the same sizes."""
+    model.load_state_dict(folder.tensors(part))
 
 
 def _first_difference(old: Any, new: Any, key: str) -> str | None:

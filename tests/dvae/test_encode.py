@@ -21,7 +21,7 @@ from dvae.pixels import to_float
 from tessera.config import to_plain
 from tessera.data.config import DataConfig
 from tessera.data.corpus import load_images
-from tessera.data.manifest import ingest
+from tessera.data.ingest import ingest
 from tessera.data.shards import TokenShards
 from tessera.errors import UserError
 from tessera.model_folder import ModelFolder, write_part

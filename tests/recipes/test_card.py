@@ -1,11 +1,13 @@
 """The card says where the pictures came from, by what was trained on and not by what it is called."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from recipes.card import model_card
+from recipes.origin import Origin
 from recipes.plan import Plan
 from tessera.config import to_plain
 from tessera.data.config import DataConfig
@@ -24,9 +26,23 @@ def folder(scenes_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Mode
             config=to_plain(opened.config(name)),
             tensors=opened.tensors(name),
             requires={},
-            metadata={"steps": 3, "measured": measured},
+            metadata={"steps": 3, "corpus": "scenes", "measured": measured},
         )
     return ModelFolder.open(path)
+
+
+def card_of(folder: ModelFolder, plan: Plan) -> str:
+    return model_card(
+        folder,
+        plan,
+        corpus=Path(plan.data.path).name,
+        num_images=24,
+        example="a red star",
+        tuning="by hand",
+        seconds={"dvae": 1.0},
+        hardware={"cpu": "a cpu", "cores": 2},
+        versions={},
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,16 +55,17 @@ def folder(scenes_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Mode
     ],
 )
 def test_only_the_built_in_corpora_have_a_license_that_is_known(folder: ModelFolder, path: str, license: str) -> None:
-    card = model_card(
-        folder,
-        Plan(data=DataConfig(path=path)),
-        corpus=Path(path).name,
-        num_images=24,
-        example="a red star",
-        tuning="by hand",
-        seconds={"dvae": 1.0},
-        hardware={"cpu": "a cpu", "cores": 2},
-        versions={},
-    )
+    card = card_of(folder, Plan(data=DataConfig(path=path)))
     assert license in card.split("## License")[1]
     assert f"trained on {Path(path).name}" in card
+
+
+def test_a_card_says_what_the_model_goes_on_from_and_what_is_unchanged(folder: ModelFolder) -> None:
+    origin = Origin(path="/models/pets", sha256="abc" * 10, parts=("dvae", "prior"))
+    card = card_of(folder, Plan(origin=origin))
+    assert f"Fine-tuned from pets, sha256 `{'abc' * 10}`; its dVAE and its text tokenizer unchanged." in card
+    assert "dVAE on validation images of scenes: psnr 20.00" in card
+    assert "What holds for pets, which this model goes on from, holds for it too." in card
+    trained = card_of(folder, Plan(origin=replace(origin, train_dvae=True)))
+    assert "`; its text tokenizer unchanged." in trained
+    assert "Fine-tuned" not in card_of(folder, Plan())

@@ -1,105 +1,69 @@
-"""What training will take: counted parameters, and speed and memory that follow from the settings."""
-
-from dataclasses import replace
-from typing import Any
+"""`tessera estimate` finds out which stage is meant, and passes on what is asked."""
 
 import pytest
-import torch
 
-from dvae.adversarial import AdversarialConfig
-from dvae.model import DiscreteVAE, DiscreteVAEConfig
-from dvae.train import TrainConfig
-from recipes.estimate import Estimate, Parameters, count_parameters, estimate, estimate_lines, main
-from tessera.config import load
-from tessera.data.config import DataConfig
+from recipes.estimate import main, stage_of
 from tessera.errors import UserError, run_command
-from tessera.training.run import TrainerConfig
 
-TINY = TrainConfig(
-    data=DataConfig(image_size=(16, 24)),
-    model=DiscreteVAEConfig(widths=(8, 16), blocks=(0, 1), levels=(4, 4)),
-    trainer=TrainerConfig(device="cpu", precision="fp32", batch_size=4, max_steps=100),
-)
+DVAE = ["data.image_size=[16,24]", "model.widths=[8,16]", "model.blocks=[0,1]", "trainer.batch_size=2"]
+PRIOR = ["model.dim=16", "model.depth=1", "model.heads=2", "trainer.batch_size=2"]
 
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipes.estimate._SECONDS", 0.02)
-    monkeypatch.setattr("recipes.estimate._ENOUGH_SECONDS", 3600.0)  # however busy the machine is
+    monkeypatch.setattr("recipes.estimate_timing._SECONDS", 0.02)
+    monkeypatch.setattr("recipes.estimate_timing._ENOUGH_SECONDS", 0.0)
 
 
-def test_the_papers_network_has_the_papers_parameters() -> None:
-    config = load(TrainConfig, ["configs/dvae/openai.yaml"], prog="tessera")
-    with torch.device("meta"):
-        found = count_parameters(DiscreteVAE(config.model))
-    assert round(found.encoder / 1e6, 1) == 53.8
-    assert round((found.quantizer + found.decoder) / 1e6, 1) == 43.8
+@pytest.mark.parametrize("file", ["dvae/5m", "dvae/openai", "dvae/emoji", "prior/50m", "prior/scenes", "prior/dalle"])
+def test_a_file_tells_the_stage_by_its_keys(file: str) -> None:
+    assert stage_of([f"configs/{file}.yaml"]) == file.split("/")[0]
 
 
-def test_everything_is_counted_and_timed() -> None:
-    found = estimate(TINY)
-    vae = DiscreteVAE(TINY.model)
-    assert found.parameters.total == sum(parameter.numel() for parameter in vae.parameters())
-    assert found.measured_batch == 4
-    assert min(found.train_images_per_second, found.encode_images_per_second, found.decode_images_per_second) > 0
-    # weights, gradients, averages, one or two states of the optimizer
-    assert 4 * 4 * found.parameters.total <= found.state_gib * 2**30 <= 5.1 * 4 * found.parameters.total
-    assert found.discriminator == 0
+def test_overrides_tell_the_stage_where_no_file_does() -> None:
+    assert stage_of(["trainer.batch_size=2", "model.layout.text_len=64"]) == "prior"
+    assert stage_of(["data.image_size=[64,64]"]) == "dvae"
 
 
-def test_activations_grow_with_the_picture() -> None:
-    small = estimate(TINY).activations_gib
-    large = estimate(replace(TINY, data=DataConfig(image_size=(32, 48)))).activations_gib
-    assert large == pytest.approx(4 * small, rel=0.15)
+@pytest.mark.parametrize("settings", [[], ["trainer.batch_size=3"], ["configs/scorer/scenes.yaml"], ["model.width=3"]])
+def test_settings_that_do_not_tell_the_stage_are_refused_with_what_is_missing(settings: list[str]) -> None:
+    with pytest.raises(UserError, match="tessera estimate prior model.dim=512"):
+        stage_of(settings)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_activations_grow_with_the_batch_and_weights_do_not(precision: Any) -> None:
-    wide = replace(TINY, model=DiscreteVAEConfig(widths=(64, 128), blocks=(1, 1), levels=(4, 4)))
-
-    def activations(batch_size: int) -> float:
-        trainer = replace(TINY.trainer, batch_size=batch_size, precision=precision)
-        return estimate(replace(wide, trainer=trainer)).activations_gib
-
-    one, two, four = (activations(batch_size) for batch_size in (1, 2, 4))
-    assert four - two == pytest.approx(2 * (two - one), rel=1e-6)
-    if precision == "bf16":
-        assert two < 1.9 * one, "weights in bf16 are kept once, however many pictures there are"
+def test_a_first_word_names_the_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prior", *PRIOR[-1:], "--device-memory", "80"]) == 0
+    assert "image positions" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"unknown key 'data.image_size'"):
+        main(["prior", *DVAE])
 
 
-def test_a_discriminator_is_counted() -> None:
-    found = estimate(replace(TINY, adversarial=AdversarialConfig(weight=0.1, width=8, layers=2)))
-    assert found.discriminator > 0
-    assert found.activations_gib > estimate(TINY).activations_gib
-
-
-def test_the_lines_say_what_a_user_asks() -> None:
-    found = Estimate(
-        parameters=Parameters(1_000, 20, 3_000),
-        discriminator=0,
-        measured_batch=4,
-        train_images_per_second=10.0,
-        encode_images_per_second=50.0,
-        decode_images_per_second=40.0,
-        state_gib=0.25,
-        activations_gib=2.0,
-    )
-    text = "\n".join(estimate_lines(TINY, found))
-    assert "16x24 pixels as 2x3 of 16 codes (f = 8), 24 bits" in text
-    assert "4,020: encoder 1,000, quantizer 20, decoder 3,000" in text
-    assert "100 steps of 4 take about 40 seconds" in text
-    assert "memory      about 3.5 GiB: weights and optimizer 0.25, activations 2.00" in text
-    limited = replace(TINY, trainer=replace(TINY.trainer, budget_seconds=30.0))
-    assert "trainer.budget_seconds ends it after 30 seconds" in "\n".join(estimate_lines(limited, found))
-
-
-def test_the_command_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["data.image_size=[16,24]", "model.widths=[8,16]", "model.blocks=[0,1]", "trainer.batch_size=2"]
-    assert main(arguments) == 0
+def test_the_command_measures_a_dvae(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(DVAE) == 0
     assert "images/s" in capsys.readouterr().out
 
 
-def test_sizes_that_do_not_fit_are_refused() -> None:
+def test_the_command_measures_a_prior(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--processes", "2", *PRIOR]) == 0
+    shown = capsys.readouterr().out
+    assert "s per step (estimated for 2 processes" in shown
+    assert "2 processes, fsdp" in shown
+
+
+def test_the_command_estimates_a_prior_for_another_device(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["configs/prior/1300m.yaml", "--device-flops", "989", "--device-memory=139", "trainer.max_steps=10"]
+    assert main([*argv, "--utilization", "0.5"]) == 0
+    shown = capsys.readouterr().out
+    assert "989 TFLOP/s used to 50% and 139 GiB" in shown
+    assert "10 steps of 512" in shown
+    assert "measured" not in shown
+
+
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="divisible by 8"):
         main(["data.image_size=[20,24]"])
-    assert run_command(main, ["model.width=3"]) == 2
+    with pytest.raises(UserError, match="are for priors"):
+        main(["configs/dvae/5m.yaml", "--processes", "2"])
+    assert run_command(main, ["prior", "model.width=3"]) == 2
+    assert run_command(main, ["configs/prior/5m.yaml", "--processes=many"]) == 2
+    assert capsys.readouterr().err.count("\n") == 2

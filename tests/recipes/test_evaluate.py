@@ -6,6 +6,7 @@ import pytest
 
 from recipes.accuracy import TUNING_SEED
 from recipes.evaluate import main
+from tessera.data.images import read_png_text
 from tessera.data.scenes import PROMPT_CLASSES
 from tessera.errors import run_command
 
@@ -50,9 +51,25 @@ def test_a_folder_that_happens_to_be_called_scenes_is_an_ordinary_corpus(
     assert figures["corpus"] == "scenes" and "accuracy" not in figures
 
 
+def test_copies_are_looked_for_where_a_sheet_is_asked_for(
+    scenes_model: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, sheet = tmp_path / "r.json", tmp_path / "pictures" / "nearest.png"
+    argv = [str(scenes_model), str(image_folder), "--json", str(file), "--nearest", str(sheet), "--device", "cpu"]
+    assert main(argv) == 0
+    memorized = json.loads(file.read_text())["memorized"]
+    shares = {name for name in memorized if name == "share" or name.startswith("of_")}
+    assert shares == {"share", "of_training_captions", "of_held_out_captions", "of_held_out_pictures"}
+    assert all(0 <= memorized[name] <= 1 for name in shares)
+    assert 10 < memorized["training_pictures"] < 24 and 2 <= memorized["samples"] <= 24
+    assert json.loads(read_png_text(sheet)["tessera"]) == {"model": str(scenes_model), **memorized}
+    assert "copies  " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
+        (["scenes", "--nearest", "sheet.jpg"], "--nearest must name a .png file in a folder; got sheet.jpg"),
         (["scenes", "--prompts", "0"], "--prompts and --best-of must be at least 1"),
         (["scenes", "--json", "absent/r.json"], "its folder does not exist"),
         (["scenes", "--seed", str(TUNING_SEED)], "take another"),

@@ -1,17 +1,22 @@
 """The journey from images to a model folder: on a tiny budget, interrupted, resumed, and run by mistake."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from recipes import fit as fit_module
-from recipes.fit import image_size, main
+from recipes.fit import image_size, main, request_of
+from recipes.run_folder import RunFolder
+from tessera.config import from_plain, to_plain
 from tessera.errors import run_command
-from tessera.model_folder import ModelFolder
+from tessera.model_folder import ModelFolder, write_part, write_sampling_defaults
+from transformer.model import Prior, PriorConfig
 
 
 def command(images: Path, out: Path, tiny: tuple[str, ...], *more: str) -> list[str]:
@@ -63,6 +68,86 @@ def test_an_interrupted_fit_goes_on_and_its_model_draws(
     words = ["generate", str(out), "a red star", "-n", "2", "--out", str(tmp_path / "drawn"), "--device", "cpu"]
     subprocess.run([sys.executable, "-m", "tessera", *words], check=True)  # a process that knows the folder alone
     assert len(list((tmp_path / "drawn").glob("a-red-star-*.png"))) == 2
+
+
+@pytest.fixture(scope="module")
+def fitted_model(scenes_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its prior reads codes digit by digit, as fit makes them."""
+    path = Path(shutil.copytree(scenes_model, tmp_path_factory.mktemp("models") / "scenes"))
+    folder = ModelFolder.open(path)
+    config = from_plain(PriorConfig, folder.config("prior"), source="the test's model")
+    levels = tuple(folder.config("dvae")["levels"])
+    prior = Prior(replace(config, layout=replace(config.layout, codebook_levels=levels)))
+    requires = {"dvae": folder.part_sha256("dvae"), "tokenizer": folder.tokenizer_sha256}
+    write_part(path, "prior", config=to_plain(prior.config), tensors=prior.state_dict(), requires=requires)
+    return path
+
+
+def test_an_interrupted_fine_tuning_goes_on_and_leaves_its_model_as_it_was(
+    fitted_model: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, out = Path(shutil.copytree(fitted_model, tmp_path / "scenes")), tmp_path / "m"
+    before = {file: file.read_bytes() for file in model.rglob("*") if file.is_file()}
+    steps = ["prior.trainer.max_steps=3", "scorer.trainer.max_steps=2"]
+    command = [
+        str(image_folder),
+        "--from",
+        str(model),
+        "--out",
+        str(out),
+        "--minutes",
+        "0.2",
+        "--device",
+        "cpu",
+        *steps,
+    ]
+    train_scorer = fit_module.train_scorer
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit_module, "train_scorer", interrupted)
+    assert run_command(main, command) == 130
+    shown = capsys.readouterr()
+    assert f"--from {model}" in shown.err and "training the dVAE" not in shown.out
+    monkeypatch.setattr(fit_module, "train_scorer", train_scorer)
+
+    write_sampling_defaults(model, {"temperature": 0.9, "guidance": 1.0})  # which changes no weights
+    shutil.move(model, tmp_path / "away")
+    assert run_command(main, [str(image_folder), "--out", str(out)]) == 2
+    assert f"--from {model}: no such model folder" in capsys.readouterr().err
+    shutil.move(tmp_path / "away", model)
+    assert run_command(main, [str(image_folder), "--out", str(out)]) == 0
+    tuned, source = ModelFolder.open(out), ModelFolder.open(model)
+    assert tuned.parts == ("dvae", "prior", "scorer")
+    assert tuned.part_sha256("dvae") == source.part_sha256("dvae")
+    assert tuned.tokenizer_sha256 == source.tokenizer_sha256
+    assert tuned.part_sha256("prior") != source.part_sha256("prior")
+    moved = tuned.tensors("prior")["text_embedding.weight"] - source.tensors("prior")["text_embedding.weight"]
+    assert 0 < moved.abs().mean() < 0.1  # three steps from there, and not new weights
+    assert tuned.sampling_defaults() == {"temperature": 0.9, "guidance": 1.0}  # too few captions to tune with
+    card = (out / "README.md").read_text()
+    assert "Fine-tuned from scenes, sha256" in card and "Chosen by: as scenes has them: too few captions" in card
+    assert {file for file in model.rglob("*") if file.is_file()} == set(before)
+    assert all(file.read_bytes() == content for file, content in before.items() if file.name != "tessera.yaml")
+
+    shutil.rmtree(model)  # a finished model needs it no more
+    assert run_command(main, [str(image_folder), "--out", str(out)]) == 0
+    assert "is finished already" in capsys.readouterr().out
+
+
+def test_a_dvae_is_trained_on_only_if_that_is_asked_for(fitted_model: Path, image_folder: Path, tmp_path: Path) -> None:
+    steps = [f"{stage}.trainer.max_steps=2" for stage in ("dvae", "prior", "scorer")]
+    command = [str(image_folder), "--from", str(fitted_model), "--train-dvae", "--minutes", "0.2", "--device", "cpu"]
+    assert run_command(main, [*command, "--out", str(tmp_path / "m"), *steps]) == 0
+    tuned, source = ModelFolder.open(tmp_path / "m"), ModelFolder.open(fitted_model)
+    assert tuned.tokenizer_sha256 == source.tokenizer_sha256
+    assert tuned.part_sha256("dvae") != source.part_sha256("dvae")
+    assert tuned.requires("prior")["dvae"] == tuned.part_sha256("dvae")
 
 
 def test_a_model_that_is_there_is_not_overwritten(
@@ -126,16 +211,28 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(
         (["scenes", "encode.bpe_dropout=0.2"], "follows prior.bpe_dropout"),
         (["scenes", "quickly"], "neither an option nor KEY=VALUE"),
         (["scenes", "--minuets", "3"], "unrecognized arguments"),
+        (["scenes", "--train-dvae"], "--train-dvae trains on the dvae of a model: name it with --from"),
+        (["scenes", "--from", "absent"], "absent: no such model folder"),
+        (["scenes", "--from", "{empty}"], "is not a model folder"),
+        (["scenes", "--from", "{model}", "--out", "{model}"], "is only read"),
+        (["scenes", "--from", "{model}", "--out", "{model}/new", "--fresh"], "is only read"),
+        (["scenes", "--from", "{model}", "--image-size", "64"], "draws 16x16 pixels"),
+        (["scenes", "--from", "{model}", "prior.model.dim=8"], "the sizes of the prior are those of"),
         ([], "required"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
-    argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    argv: list[str],
+    message: str,
+    scenes_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert run_command(main, [argument.format(empty=empty) for argument in argv]) == 2
+    assert run_command(main, [argument.format(empty=empty, model=scenes_model) for argument in argv]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "my-model").exists()
@@ -152,6 +249,16 @@ def test_starting_over_waits_for_a_plan(slip: tuple[str, ...], tmp_path: Path, m
         file.touch()
     assert run_command(main, ["scenes", "--fresh", *slip]) == 2
     assert all(file.exists() for file in kept)
+
+
+def test_files_are_remembered_by_their_absolute_path_and_datasets_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos.tar").touch()
+    for path, remembered in (("photos.tar", str(tmp_path / "photos.tar")), ("hf:me/pets", "hf:me/pets")):
+        arguments = fit_module._parser().parse_args([path])
+        assert request_of(arguments, RunFolder(tmp_path / "run")).path == remembered
 
 
 def test_image_sizes_are_read_as_height_by_width() -> None:

@@ -3,10 +3,12 @@ from pathlib import Path
 
 import pytest
 
+from recipes.origin import Origin
 from recipes.plan import DataFacts, Plan
 from recipes.run_folder import Request, RunFolder, Stored, start_over
 from recipes.tune import Trial, Tuned
 from tessera.errors import UserError
+from tessera.plain_yaml import write_yaml
 
 REQUEST = Request(path="scenes", minutes=3.0, overrides=("dvae.flip=true",))
 FACTS = DataFacts(name="scenes", num_images=5, image_size=(64, 64), text_len=8)
@@ -35,6 +37,44 @@ def test_another_request_is_refused_and_told_what_to_do(tmp_path: Path, change: 
     run.check_request(REQUEST)
     with pytest.raises(UserError, match=f"{message}: choose another --out, or start over with --fresh"):
         run.check_request(replace(REQUEST, **change))
+
+
+CONTINUED = replace(REQUEST, init_from="/models/m", init_sha256="a" * 64)
+
+
+def test_a_plan_that_goes_on_from_a_model_is_read_back(tmp_path: Path) -> None:
+    run, origin = RunFolder(tmp_path), Origin(path="/models/m", sha256="a" * 64, parts=("dvae", "prior"))
+    run.write_plan(Stored(CONTINUED, Plan(minutes=3.0, origin=origin), FACTS, "abc"))
+    assert run.read_plan().request == CONTINUED and run.read_plan().plan.origin == origin
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"init_sha256": "b" * 64}, "--from /models/m has changed: expected sha256 aaaaaaaaaaaa"),
+        ({"init_from": "/models/n", "init_sha256": "b" * 64}, "begun with init_from /models/m, now it is /models/n"),
+        ({"train_dvae": True}, "begun with train_dvae False, now it is True"),
+    ],
+)
+def test_another_model_to_go_on_from_is_refused(tmp_path: Path, change: dict, message: str) -> None:
+    run = RunFolder(tmp_path)
+    run.write_plan(Stored(CONTINUED, Plan(minutes=3.0), FACTS, "abc"))
+    run.check_request(CONTINUED)
+    with pytest.raises(UserError, match=message):
+        run.check_request(replace(CONTINUED, **change))
+
+
+def test_training_on_a_dvae_needs_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="name it with --from"):
+        Request(path="scenes", train_dvae=True)
+
+
+def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
+    run = planned(tmp_path / "run")
+    write_yaml(tmp_path / "run" / "plan.yaml", {"request": {"path": "scenes"}})
+    assert run.read_request() == Request(path="scenes")
+    with pytest.raises(UserError, match=r"plan\.yaml is damaged: it has no 'plan'; start over"):
+        run.read_plan()
 
 
 def test_tuning_is_read_back(tmp_path: Path) -> None:

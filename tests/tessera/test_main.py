@@ -50,9 +50,9 @@ def test_a_misspelt_command_is_corrected(capsys):
 
 def test_an_unknown_command_lists_them_all(capsys):
     assert main(["xyzzy"]) == 2
-    assert "expected one of fit, generate" in capsys.readouterr().err
+    assert "expected one of fit, ingest, generate" in capsys.readouterr().err
 
 
 def test_errors_of_commands_become_one_line(capsys):
     assert main(["info", "/nonexistent/model"]) == 2
-    assert capsys.readouterr().err == "tessera: /nonexistent/model: no such model folder\n"
+    assert capsys.readouterr().err == "tessera: /nonexistent/model: no such file or folder\n"

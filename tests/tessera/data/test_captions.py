@@ -1,5 +1,8 @@
+import json
 import unicodedata
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,9 +14,13 @@ from tessera.data.captions import (
     NOTE_CUT,
     NOTE_LATIN_1,
     NOTE_LONG_FILE,
+    caption_columns,
+    captions_of,
     clean_and_note,
     clean_caption,
+    clean_captions,
     read_caption_file,
+    row_captions,
 )
 from tessera.data.images import ImageError
 
@@ -101,3 +108,38 @@ def test_of_an_enormous_file_the_beginning_is_read(tmp_path: Path) -> None:
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="cannot be read"):
         read_caption_file(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("value", "captions"),
+    [
+        ("a star", ("a star",)),
+        ("", ("",)),
+        (["one", 2, None, "three"], ("one", "three")),
+        ('["one", "two"]', ("one", "two")),
+        ("[bracketed] words", ("[bracketed] words",)),
+        ("[1, 2]", ("[1, 2]",)),
+        (None, ()),
+        (7, ()),
+        ({"caption": "nested"}, ()),
+        ("[" * 100_000, ("[" * 100_000,)),
+    ],
+)
+def test_a_field_holds_one_caption_or_several(value: Any, captions: tuple[str, ...]) -> None:
+    assert captions_of(value) == captions
+
+
+def test_a_row_gives_the_captions_of_its_first_column_that_has_any() -> None:
+    assert row_captions({"prompt": "last", " Caption ": "first", "text": None, "title": "never"}) == ["first"]
+    assert row_captions({"captions": json.dumps(["one", "two"]), "width": 8}) == ["one", "two"]
+    assert row_captions({"text": ""}) == [""]
+    assert row_captions({"title": "never"}) == []
+    assert caption_columns(["image", "Prompt", "TEXT", "texts"]) == ["Prompt", "TEXT"]
+
+
+def test_captions_of_one_image_are_cleaned_counted_and_stated_once() -> None:
+    notes: Counter[str] = Counter()
+    assert clean_captions([" a  star", "", "a\0 star", "b"], notes) == ("a star", "b")
+    assert notes == {NOTE_CLEANED: 1}
+    assert clean_captions(["", " "], notes) == ("",)
+    assert clean_captions([], notes) == ()

@@ -11,8 +11,16 @@ import pytest
 from PIL import Image
 
 from tessera.data import corpus as corpus_module
-from tessera.data.corpus import Corpus, ManifestCorpus, load_images, open_corpus, read_views
-from tessera.data.manifest import ingest
+from tessera.data.corpus import (
+    Corpus,
+    LazyImages,
+    ManifestCorpus,
+    load_images,
+    open_corpus,
+    open_images,
+    read_views,
+)
+from tessera.data.ingest import ingest
 from tessera.data.views import Views, cut_views
 from tessera.errors import UserError
 
@@ -134,7 +142,7 @@ def test_files_that_changed_are_replaced_by_the_next_good_one(
     for index, shown in enumerate([0, 1, 4, 4, 4, 5, 6, 0]):
         assert (images[index] == original(shown)).all()
         assert corpus.captions(index) == (f"picture {shown}",)
-    assert corpus.substitutes == {2: 4, 3: 4, 7: 0}
+    assert corpus.substitutes == {2: 4, 3: 4, 7: 0} and corpus.num_substituted == 3
     assert len(caplog.records) == 1 and "002.png: cannot be read" in caplog.text
 
 
@@ -176,7 +184,7 @@ def test_a_corpus_travels_to_worker_processes(corpus: ManifestCorpus) -> None:
 
 @pytest.mark.parametrize("count", [1, 300])
 def test_all_images_come_in_one_array(count: int, tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
+    told: list[tuple[int, int | None]] = []
     images = load_images(Counted(count), on_progress=lambda done, total: told.append((done, total)))
     assert images.shape == (count, 8, 8, 3) and images.dtype == np.uint8
     assert (images[:, 0, 0, 0] == np.arange(count) % 256).all()
@@ -221,6 +229,52 @@ def test_images_with_substitutes_are_not_reused(folder: Path, tmp_path: Path) ->
         corpus = ManifestCorpus(manifest, image_size=SIZE)
         images = load_images(corpus, directory=tmp_path / "cache")
         assert (images[2] == original(3)).all() and corpus.captions(2) == ("picture 3",)
+
+
+def test_images_that_fit_are_an_array_and_others_are_decoded_when_needed(
+    corpus: ManifestCorpus, tmp_path: Path
+) -> None:
+    gib = 8 * SIZE[0] * SIZE[1] * 3 / 2**30
+    assert isinstance(open_images(corpus, directory=tmp_path, most_gib=gib), np.memmap)
+    assert isinstance(open_images(corpus, directory=None, most_gib=1.0), np.ndarray)
+    lazy = open_images(corpus, directory=tmp_path / "lazy", most_gib=gib * 0.99)
+    assert isinstance(lazy, LazyImages) and not (tmp_path / "lazy").exists()
+    array = load_images(corpus)
+    assert (lazy.shape, lazy.dtype, len(lazy)) == (array.shape, array.dtype, len(array))
+    for rows in ([5, 0, 5], np.array([7, 1]), [], slice(2, 7, 2), slice(None, 100)):
+        assert (lazy[rows] == array[rows]).all() and lazy[rows].shape == array[rows].shape
+
+
+def test_lazy_images_travel_to_worker_processes_and_name_wrong_rows(corpus: ManifestCorpus) -> None:
+    lazy = pickle.loads(pickle.dumps(LazyImages(corpus)))
+    assert (lazy[[3]][0] == original(3)).all()
+    for rows in ([8], [-1], [[0, 1]], [0, 99]):
+        with pytest.raises(IndexError, match=r"expected a list of rows in \[0, 8\)"):
+            lazy[rows]
+
+
+def test_lazy_images_leave_no_thread_behind_and_replace_what_is_gone(corpus: ManifestCorpus, folder: Path) -> None:
+    (folder / "002.png").unlink()
+    before = threading.active_count()
+    assert (LazyImages(corpus)[[2, 1]] == np.stack([original(3), original(1)])).all()
+    assert threading.active_count() == before and corpus.num_substituted == 1
+
+
+def test_lazy_images_decode_no_more_of_a_photograph_than_they_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.zeros((400, 600, 3), np.uint8)).save(tmp_path / "photos" / "a.jpg")
+    (tmp_path / "photos" / "a.txt").write_text("black")
+    decoded: list[tuple[int, int]] = []
+
+    def fit(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+        decoded.append(image.size)
+        return np.zeros((*size, 3), np.uint8)
+
+    monkeypatch.setattr("tessera.data.manifest_corpus.fit_to", fit)
+    LazyImages(ManifestCorpus(ingest(tmp_path / "photos"), image_size=(32, 32)))[[0]]
+    assert decoded == [(150, 100)], "a quarter of the size"
 
 
 def all_views(
@@ -305,7 +359,9 @@ def test_scenes_open_by_name(split: str) -> None:
 
 
 def test_a_wrong_name_is_answered_with_the_right_ones(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no data 'scene': expected scenes, emoji, an existing folder"):
+    with pytest.raises(
+        UserError, match=r"no data 'scene': expected scenes, emoji, a folder of captioned images, a .tar"
+    ):
         open_corpus("scene", image_size=SIZE, split="train")
     with pytest.raises(UserError, match="the image size must be positive, got 0x64"):
         open_corpus("scenes", image_size=(0, 64), split="train")

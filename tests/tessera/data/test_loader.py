@@ -47,5 +47,5 @@ def test_ranks_share_each_batch() -> None:
 
 
 def test_an_uneven_share_is_refused() -> None:
-    with pytest.raises(ValueError, match="multiple of 3 processes; got 4"):
+    with pytest.raises(ValueError, match="multiple of 3 processes x 1 parts; got 4"):
         KeyedLoader(Numbers(), batch_size=4, seed=0, world_size=3)

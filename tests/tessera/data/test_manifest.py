@@ -1,238 +1,251 @@
+import hashlib
 import json
+import pickle
+import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from tessera.data import manifest as manifest_module
-from tessera.data.manifest import Manifest, ingest, split_key
-from tessera.data.sources import NO_CAPTION
+from tessera.data.candidates import Location, Reject
+from tessera.data.manifest import Manifest, Record, split_key
+from tessera.data.manifest_corpus import ManifestCorpus
+from tessera.data.manifest_writer import ManifestWriter
 from tessera.errors import UserError
 
 
-def save_image(path: Path, number: int, size: tuple[int, int] = (12, 16)) -> None:
-    """A picture (height, width) that differs from those of other numbers."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
+def record(number: int) -> Record:
+    """Of an image that need not exist."""
+    sha256 = hashlib.sha256(bytes([number % 256, number // 256])).hexdigest()
+    return Record(sha256[:16], Location(f"{number}.png"), sha256, 16, 12, (f"picture {number}", "thé"), "train")
 
 
-def save_pairs(root: Path, count: int) -> None:
-    for number in range(count):
-        save_image(root / f"{number:03}.png", number)
-        (root / f"{number:03}.txt").write_text(f"picture {number}")
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def write_manifest(directory: Path, count: int) -> Manifest:
+    directory.mkdir(parents=True, exist_ok=True)
+    with ManifestWriter(directory, listing="x") as writer:
+        for number in range(count):
+            writer.add(record(number))
+        writer.add(Reject("a.png", "damaged: in some way"))
+        writer.add(Reject("b.png", "damaged: in another"))
+        writer.add(record(0)._replace(location=Location("copy.png")))
+        writer.finish(name="pictures", root=directory, notes={"a note": 2})
+    return Manifest.read(directory / "manifest.jsonl")
 
 
 @pytest.fixture
-def messy(tmp_path: Path) -> Path:
-    """5 good images, 2 copies, and one of each kind of trouble."""
-    root = tmp_path / "messy"
-    save_pairs(root, 5)
-    (root / "copy.png").write_bytes((root / "002.png").read_bytes())
-    (root / "copy.txt").write_text("another caption of the same")
-    (root / "z" / "copy.png").parent.mkdir()
-    (root / "z" / "copy.png").write_bytes((root / "002.png").read_bytes())
-    (root / "z" / "copy.txt").write_text("picture 2")
-    save_image(root / "silent.png", 100)
-    (root / "torn.png").write_bytes((root / "001.png").read_bytes()[:200])
-    (root / "torn.txt").write_text("torn")
-    (root / "page.jpg").write_text("<html>not found</html>")
-    (root / "page.txt").write_text("page")
-    Image.new("RGB", (1, 1)).save(root / "dot.png")
-    (root / "dot.txt").write_text("dot")
-    (root / "lost.txt").write_text("lost")
-    return root
+def parsed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Files of the records that were parsed."""
+    files: list[str] = []
+    of_row = Record.of_row
+
+    def counted(row: dict) -> Record | None:
+        files.append(row["file"])
+        return of_row(row)
+
+    monkeypatch.setattr(Record, "of_row", counted)
+    yield files
 
 
-def test_every_file_is_kept_rejected_or_a_duplicate(messy: Path) -> None:
-    manifest = ingest(messy)
-    assert [record.source for record in manifest.records] == [f"{number:03}.png" for number in range(5)]
-    assert dict(manifest.rejects) == {
-        "dot.png": "too small: 1x1, at least 8x8",
-        "lost.txt": "no image for caption",
-        "page.jpg": "not an image: expected PNG, JPEG, WEBP, BMP, GIF or TIFF",
-        "silent.png": NO_CAPTION,
-        "torn.png": "truncated",
-    }
-    assert dict(manifest.duplicates) == {
-        "copy.png": "duplicate: same bytes as 002.png",
-        "z/copy.png": "duplicate: same bytes as 002.png",
-    }
-    assert manifest.num_seen == 12
-    assert manifest.summary() == (
-        "seen 12 = kept 5 + rejected 5 + duplicate 2; rejected: "
-        "1 no caption, 1 no image for caption, 1 too small, 1 not an image, 1 truncated"
-    )
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path, 30)
+    assert [found._replace(split="train") for found in manifest.records] == [record(number) for number in range(30)]
+    assert list(manifest.rejects) == [Reject("a.png", "damaged: in some way"), Reject("b.png", "damaged: in another")]
+    assert list(manifest.duplicates) == [Reject("copy.png", "duplicate: same bytes as 0.png")]
+    assert (manifest.num_seen, len(manifest.rejects), len(manifest.duplicates)) == (33, 2, 1)
+    assert manifest.reasons() == [("damaged", 2)] and manifest.notes == {"a note": 2}
+    assert manifest.summary() == ("seen 33 = kept 30 + rejected 2 + duplicate 1; rejected: 2 damaged; noted: 2 a note")
 
 
-def test_a_record_holds_what_training_needs(tmp_path: Path) -> None:
-    save_image(tmp_path / "a.png", 0, size=(12, 16))
-    (tmp_path / "a.txt").write_text("one\ntwo\0\n")
-    manifest = ingest(tmp_path)
-    (record,) = manifest.records
-    assert (record.width, record.height, record.captions, record.split) == (16, 12, ("one", "two"), "train")
-    assert len(record.sha256) == 64 and record.id == record.sha256[:16]
-    assert manifest.notes == {"control characters or lone surrogates removed from a caption": 1}
+@pytest.mark.parametrize(
+    "location",
+    [
+        Location("a/b.png"),
+        Location("00000.tar", member="0.png", offset=512, size=1000),
+        Location("00000.tar", member="0.png", offset=0, size=0),
+        Location("train.parquet", row=0),
+        Location("hf:cats:train", row=17),
+    ],
+)
+def test_a_record_says_where_its_bytes_lie_and_nothing_more(location: Location) -> None:
+    row = record(0)._replace(location=location).to_row()
+    wanted = {name: value for name, value in location._asdict().items() if value is not None and value != ""}
+    assert {name: row[name] for name in ("file", "member", "offset", "size", "row") if name in row} == wanted
+    found = Record.of_row(json.loads(json.dumps(row)))
+    assert found is not None and found.location == location
 
 
-def test_a_manifest_comes_back_as_it_was_written(messy: Path, tmp_path: Path) -> None:
-    directory = tmp_path / "run" / "data"
-    written = ingest(messy, directory=directory)
-    assert sorted(file.name for file in directory.iterdir()) == ["manifest.jsonl", "rejects.jsonl"]
-    assert Manifest.read(directory / "manifest.jsonl") == written
-    assert ingest(directory / "manifest.jsonl") == written
+def test_opening_and_describing_reads_no_record(tmp_path: Path, parsed: list[str]) -> None:
+    write_manifest(tmp_path, 3000)
+    parsed.clear()
+    manifest = Manifest.read(tmp_path / "manifest.jsonl")
+    corpus = ManifestCorpus(manifest, image_size=(8, 8), limit=2000)
+    assert (len(manifest.records), len(corpus)) == (3000, 2000)
+    assert manifest.summary() and corpus.fingerprint() and len(manifest.of_split("validation"))
+    assert parsed == []
+    assert manifest.records[2999].captions == ("picture 2999", "thé")
+    assert parsed == ["2999.png"]
+    assert corpus.captions(7)[0] == f"picture {parsed[-1].removesuffix('.png')}" and len(parsed) == 2
 
 
-def test_refusals_are_written_with_their_reasons(messy: Path, tmp_path: Path) -> None:
-    ingest(messy, directory=tmp_path / "out")
-    lines = read_lines(tmp_path / "out" / "rejects.jsonl")
-    assert {"kind": "rejected", "source": "torn.png", "reason": "truncated"} in lines
-    assert [line["kind"] for line in lines].count("duplicate") == 2 and len(lines) == 7
-    header = read_lines(tmp_path / "out" / "manifest.jsonl")[0]
-    assert [header[key] for key in ("seen", "kept", "rejected", "duplicate")] == [12, 5, 5, 2]
+def test_nothing_of_the_records_is_held_in_memory(tmp_path: Path) -> None:
+    small, large = (ManifestCorpus(write_manifest(tmp_path / str(n), n), image_size=(8, 8)) for n in (10, 3000))
+    bytes_per_record = (len(pickle.dumps(large)) - len(pickle.dumps(small))) / 2990
+    assert bytes_per_record <= 8, "the number of a record, and not what it says"
 
 
-def test_file_names_that_are_not_text_survive(tmp_path: Path) -> None:
-    name = b"caf\xe9".decode("utf-8", "surrogateescape")
-    save_image(tmp_path / "data" / f"{name}.png", 0)
-    (tmp_path / "data" / f"{name}.txt").write_text("coffee")
-    manifest = ingest(tmp_path / "data", directory=tmp_path / "out")
-    assert Manifest.read(tmp_path / "out" / "manifest.jsonl") == manifest
-    assert manifest.records[0].source == f"{name}.png"
+def test_records_are_numbered_like_a_list(tmp_path: Path) -> None:
+    records = write_manifest(tmp_path, 1500).records
+    everything = list(records)
+    assert len(everything) == 1500 and everything[1024] == records[1024] and everything[1499] == records[1499]
+    for number in (-1, 1500):
+        with pytest.raises(IndexError, match=rf"expected a record in \[0, 1500\), got {number}"):
+            records[number]
 
 
-def test_a_second_ingest_reads_the_first_one_until_a_file_changes(
-    messy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_threads_may_read_side_by_side(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path, 200)
+    start = threading.Barrier(4)
+
+    def read(first: int) -> list[str]:
+        start.wait()
+        return [manifest.records[number].location.file for number in range(first, 200, 4)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(read, range(4)))
+    assert found == [[f"{number}.png" for number in range(first, 200, 4)] for first in range(4)]
+
+
+def test_a_manifest_travels_by_its_path(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path, 20)
+    travelling = pickle.dumps(manifest)
+    assert list(pickle.loads(travelling).records) == list(manifest.records)
+    assert len(travelling) < 1000
+    write_manifest(tmp_path, 21)
+    with pytest.raises(UserError, match="was replaced by another manifest"):
+        pickle.loads(travelling)
+    assert len(list(manifest.records)) == 20, "the open one is not disturbed"
+
+
+@pytest.mark.parametrize("change", ["missing", "stale", "torn", "empty", "copied"])
+def test_an_index_that_does_not_fit_is_made_again(tmp_path: Path, parsed: list[str], change: str) -> None:
+    manifest = write_manifest(tmp_path, 50)
+    splits = [list(manifest.of_split(split)) for split in ("train", "validation")]
+    keys = np.array(manifest.records.keys(np.arange(50)))  # copied: what is mapped must not be cut short
+    index, lines = tmp_path / "manifest.index", tmp_path / "manifest.jsonl"
+    if change == "missing":
+        index.unlink()
+    elif change == "stale":
+        write_manifest(tmp_path / "other", 51)
+        shutil.copy(tmp_path / "other" / "manifest.index", index)
+    elif change == "torn":
+        index.write_bytes(index.read_bytes()[:-1])
+    elif change == "empty":
+        index.write_bytes(b"")
+    else:
+        lines.touch()
+    parsed.clear()
+    again = Manifest.read(lines)
+    assert len(parsed) == 50
+    assert [list(again.of_split(split)) for split in ("train", "validation")] == splits
+    assert (again.records.keys(np.arange(50)) == keys).all()
+    parsed.clear()
+    assert Manifest.read(lines).records[49].captions == ("picture 49", "thé")
+    assert len(parsed) == 1, "the new index was written"
+
+
+def test_a_manifest_in_a_folder_that_may_not_be_written_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded: list[str] = []
-    check = manifest_module._check
+    write_manifest(tmp_path, 12)
+    (tmp_path / "manifest.index").unlink()
 
-    def counted(root: Path, candidate: manifest_module.Candidate) -> object:
-        decoded.append(candidate.source)
-        return check(root, candidate)
+    def refuse(*_: object) -> None:
+        raise PermissionError("read-only")
 
-    monkeypatch.setattr(manifest_module, "_check", counted)
-    first = ingest(messy, directory=tmp_path / "out")
-    assert len(decoded) == 10
-    assert ingest(messy, directory=tmp_path / "out") == first
-    assert len(decoded) == 10
-    (messy / "silent.txt").write_text("no longer silent")
-    assert len(ingest(messy, directory=tmp_path / "out").records) == 6
-    assert len(decoded) == 21
-
-
-@pytest.mark.parametrize("damage", ["", "not json\n", '{"tessera_manifest": 99}\n', "half"])
-def test_a_damaged_manifest_is_made_again_and_not_trusted(messy: Path, tmp_path: Path, damage: str) -> None:
-    first = ingest(messy, directory=tmp_path / "out")
-    file = tmp_path / "out" / "manifest.jsonl"
-    file.write_text(file.read_text()[:-50] if damage == "half" else damage)
-    with pytest.raises(UserError, match=r"manifest\.jsonl"):
-        Manifest.read(file)
-    assert ingest(messy, directory=tmp_path / "out") == first
-    assert Manifest.read(file) == first
+    monkeypatch.setattr("tessera.data.manifest.write_index", refuse)
+    assert len(list(Manifest.read(tmp_path / "manifest.jsonl").records)) == 12
+    assert not (tmp_path / "manifest.index").exists()
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("captions", []), ("captions", "a"), ("captions", [1]), ("split", "test"), ("width", "8"), ("id", 7)],
+    [
+        ("captions", []),
+        ("captions", "a"),
+        ("captions", [1]),
+        ("split", "test"),
+        ("width", "8"),
+        ("id", 7),
+        ("offset", -1),
+        ("row", "7"),
+        ("member", 7),
+    ],
 )
 def test_a_record_with_wrong_values_is_refused_by_its_line(tmp_path: Path, key: str, value: object) -> None:
-    save_pairs(tmp_path / "data", 2)
-    ingest(tmp_path / "data", directory=tmp_path)
-    lines = read_lines(tmp_path / "manifest.jsonl")
+    write_manifest(tmp_path, 4)
+    path = tmp_path / "manifest.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[2][key] = value
-    (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    path.write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(UserError, match=r"manifest\.jsonl:3 is not a record"):
-        ingest(tmp_path / "manifest.jsonl")
+        Manifest.read(path)
 
 
-def test_a_data_set_may_move_with_its_manifest(tmp_path: Path) -> None:
-    save_pairs(tmp_path / "old", 3)
-    ingest(tmp_path / "old", directory=tmp_path / "old")
-    (tmp_path / "old").rename(tmp_path / "new")
-    assert ingest(tmp_path / "new" / "manifest.jsonl").root == (tmp_path / "new").resolve()
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"tessera_manifest": 2', '"tessera_manifest": 1', "is not a manifest of version 2: ingest the images again"),
+        ('"kept": 4', '"kept": "4"', "its first line is not a header"),
+        ('"kept": 4', '"kept": 5', "is cut short: 4 of 5 records"),
+        ('"seen": 7, ', "", "its first line is not a header"),
+        ('"picture 2"', '"picture 3"', "was changed after it was written: ingest the images again"),
+        ("{", "", "is damaged"),
+    ],
+)
+def test_a_manifest_that_was_changed_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    write_manifest(tmp_path, 4)
+    path = tmp_path / "manifest.jsonl"
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(UserError, match=message):
+        Manifest.read(path)
 
 
-def test_metadata_files_can_be_ingested_by_name(tmp_path: Path) -> None:
-    save_image(tmp_path / "images" / "a.png", 0)
-    save_image(tmp_path / "images" / "b.png", 1)
-    (tmp_path / "train.csv").write_text("file_name,text\nimages/a.png,a cat\nimages/gone.png,a dog\n../x.png,out\n")
-    manifest = ingest(tmp_path / "train.csv")
-    assert [(record.source, record.captions) for record in manifest.records] == [("images/a.png", ("a cat",))]
-    assert dict(manifest.rejects) == {
-        "train.csv:3": "no image for metadata row",
-        "train.csv:4": "points outside the folder",
-    }
+def test_a_manifest_cut_short_while_open_is_no_shorter_manifest(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path, 20)
+    with (tmp_path / "manifest.jsonl").open("r+b") as file:
+        file.truncate(3000)
+    with pytest.raises(UserError, match="cut short while it was in use"):
+        list(manifest.records)
 
 
-def test_about_a_twentieth_is_for_validation_whatever_else_is_there(tmp_path: Path) -> None:
-    save_pairs(tmp_path, 120)
-    everything = {record.sha256: record.split for record in ingest(tmp_path).records}
-    share = list(everything.values()).count("validation") / len(everything)
-    assert 0.01 <= share <= 0.12
-    for number in range(0, 120, 2):
-        (tmp_path / f"{number:03}.png").unlink()
-        (tmp_path / f"{number:03}.txt").unlink()
-    fewer = {record.sha256: record.split for record in ingest(tmp_path).records}
-    assert "validation" in fewer.values()
-    assert all(everything[sha256] == split for sha256, split in fewer.items())
+def test_rejects_that_are_gone_or_damaged_disturb_nothing_else(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path, 4)
+    (tmp_path / "rejects.jsonl").write_text('{"kind": "rejected"}\n')
+    with pytest.raises(UserError, match=r"rejects\.jsonl:1 is not a refusal"):
+        list(manifest.rejects)
+    (tmp_path / "rejects.jsonl").unlink()
+    assert list(manifest.rejects) == [] and len(manifest.rejects) == 2
+    assert len(list(manifest.records)) == 4
 
 
-@pytest.mark.parametrize(("count", "least"), [(1, 0), (9, 0), (10, 1), (12, 1)])
-def test_ten_images_are_enough_for_one_of_validation(tmp_path: Path, count: int, least: int) -> None:
-    save_pairs(tmp_path, count)
-    validation = ingest(tmp_path).of_split("validation")
-    assert least <= len(validation) <= 3 * least
+def test_the_content_follows_pixels_and_captions_of_each_split_alone(tmp_path: Path) -> None:
+    contents = []
+    variants = (record(0), record(0)._replace(location=Location("moved.png")), record(0)._replace(captions=("other",)))
+    for place, first in enumerate(variants):
+        (tmp_path / str(place)).mkdir()
+        with ManifestWriter(tmp_path / str(place), listing="x") as writer:
+            writer.add(first)
+            writer.add(record(1))
+            writer.finish(name="pictures", root=tmp_path, notes={})
+        contents.append(Manifest.read(tmp_path / str(place) / "manifest.jsonl").header.content)
+    assert contents[0] == contents[1] != contents[2]
+    assert contents[0]["validation"] == contents[2]["validation"]
 
 
 def test_split_keys_are_spread_evenly() -> None:
     keys = [split_key(f"{number:064x}") for number in range(4000)]
     assert min(keys) >= 0 and max(keys) < 1
     assert np.histogram(keys, bins=10, range=(0, 1))[0].min() > 300
-
-
-def test_progress_is_told_to_the_end(messy: Path) -> None:
-    told: list[tuple[int, int]] = []
-    ingest(messy, on_progress=lambda done, total: told.append((done, total)))
-    assert told == [(done, 10) for done in range(1, 11)]
-
-
-def failures(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    yield tmp_path / "missing", "does not exist: expected a folder of captioned images or a manifest"
-    (tmp_path / "empty").mkdir()
-    yield tmp_path / "empty", "no images in .*empty: expected png, .*caption in x.txt or in a row of metadata.jsonl"
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "notes.md").touch()
-    yield tmp_path / "notes", "no images in .*notes"
-    (tmp_path / "photo.png").touch()
-    yield tmp_path / "photo.png", r"neither a folder nor a manifest \(.jsonl or .csv\)"
-    for number in range(3):
-        save_image(tmp_path / "silent" / f"{number}.png", number)
-    (tmp_path / "silent" / "3.png").touch()
-    (tmp_path / "silent" / "3.txt").touch()
-    counts = r"seen 4 = kept 0 \+ rejected 4 \+ duplicate 0; mostly: no caption \(3\)"
-    yield tmp_path / "silent", f"no usable image in .*silent: {counts}"
-    (tmp_path / "rows.jsonl").write_text("nothing\nof use\n")
-    yield tmp_path / "rows.jsonl", r"mostly: metadata row is not JSON \(2\)"
-
-
-def test_hopeless_input_is_one_clear_line(tmp_path: Path) -> None:
-    for path, message in failures(tmp_path):
-        with pytest.raises(UserError, match=message) as caught:
-            ingest(path)
-        assert "\n" not in str(caught.value)
-
-
-def test_rejects_are_written_even_if_nothing_is_left(tmp_path: Path) -> None:
-    save_image(tmp_path / "data" / "a.png", 0)
-    with pytest.raises(UserError):
-        ingest(tmp_path / "data", directory=tmp_path / "out")
-    assert read_lines(tmp_path / "out" / "rejects.jsonl") == [
-        {"kind": "rejected", "source": "a.png", "reason": NO_CAPTION}
-    ]

@@ -1,8 +1,12 @@
-"""Steps without a finite gradient: they change nothing, are counted, and too many in a row end the run, saved."""
+"""Steps without a finite gradient: they change nothing, are counted, and too many in a row end the run, saved.
+Spikes of its norm are counted, and skipped where that is asked for."""
 
 import logging
+import math
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -14,7 +18,7 @@ from tessera.data.order import SampleKey
 from tessera.errors import UserError
 from tessera.training.callbacks import Saver
 from tessera.training.checkpoint import checkpoints
-from tessera.training.guard import GradientGuard
+from tessera.training.guard import GradientGuard, UsualNorm
 from tessera.training.metrics import read_metrics
 from tessera.training.optim import OptimizerConfig, build_optimizer
 from tessera.training.run import TrainerConfig, TrainingResult, run_training
@@ -141,3 +145,130 @@ def test_the_gradient_is_clipped(tmp_path: Path) -> None:
 
     run(tmp_path, Watching(lambda step, loss: 1e4 * loss), steps=4)
     assert norms and max(norms) == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_whichever_steps_have_no_finite_gradient_these_and_no_others_are_skipped(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    bad = {step: draw.choice([torch.nan, torch.inf, -torch.inf]) for step in draw.sample(range(40), 12)}
+    lit = Lit(lambda step, loss: loss * bad[step] if step in bad else loss)
+    result = run(tmp_path, lit, steps=40, stop_after=12, checkpoint_every_steps=None)
+    weights = [*lit.weights, lit.model.weight.detach()]
+    unchanged = [step for step, pair in enumerate(zip(weights, weights[1:], strict=False)) if torch.equal(*pair)]
+    assert unchanged == sorted(bad)
+    assert result.metrics["skipped_steps"] == 12
+
+
+def guard_of(**options: Any) -> GradientGuard:
+    saver = Saver(Path("nowhere"), every_seconds=1e9)
+    return GradientGuard(clip_norm=None, stop_after=3, saver=saver, **options)
+
+
+class Steps:
+    """Hands a guard gradients of given norms and keeps what it logs."""
+
+    def __init__(self, guard: GradientGuard) -> None:
+        self.guard = guard
+        self.parameter = nn.Parameter(torch.zeros(1))
+        self.optimizer = build_optimizer(nn.ParameterList([self.parameter]), OPTIM)
+        self.logged: list[dict[str, float]] = []
+        self.global_step = 0
+
+    def log_dict(self, values: dict[str, float]) -> None:
+        self.logged.append(values)
+
+    def passes(self, norm: float) -> bool:
+        """Whether the gradient is left to the optimizer."""
+        self.parameter.grad = torch.tensor([norm])
+        self.guard.on_before_optimizer_step(self, self, self.optimizer)  # type: ignore[arg-type]
+        self.global_step += 1
+        return self.parameter.grad is not None
+
+
+def test_a_spike_is_counted_and_trained_on_unless_it_shall_be_skipped(caplog: pytest.LogCaptureFixture) -> None:
+    counting, skipping = Steps(guard_of()), Steps(guard_of(skip_spikes=True))
+    for norm in [1.0, 2.0, 4.0] * 20:  # 2 on geometric average
+        assert counting.passes(norm) and skipping.passes(norm)
+    with caplog.at_level(logging.WARNING):
+        assert counting.passes(21.0)
+        assert not skipping.passes(21.0)
+    assert counting.logged == [{"spikes": 1.0}]
+    assert skipping.logged == [{"skipped_steps": 1.0, "spikes": 1.0}]
+    assert "step 61: its gradient has norm 21 where 2" in caplog.text
+    assert "step 61 skipped: its gradient has norm 21 where 2" in caplog.text
+    assert counting.passes(18.0) and skipping.passes(18.0), "less than ten times what is usual"
+    assert counting.guard.spikes == skipping.guard.spikes == 1
+    assert skipping.guard.in_a_row == 0
+
+
+def test_nothing_is_a_spike_before_the_usual_norm_is_known() -> None:
+    steps = Steps(guard_of(skip_spikes=True))
+    assert all(steps.passes(norm) for norm in (1e-3, 1e3) * 10)
+
+
+def test_norms_that_have_grown_for_good_stop_being_spikes() -> None:
+    usual = UsualNorm(10.0)
+    assert not any(usual.add(1.0) for _ in range(100))
+    spikes = [usual.add(50.0) for _ in range(100)]
+    assert all(spikes[:10]) and not any(spikes[50:])
+
+
+def test_a_norm_of_zero_tells_nothing_of_what_is_usual() -> None:
+    usual = UsualNorm(10.0)
+    assert not any(usual.add(norm) for norm in [1.0, 0.0] * 60)
+    assert math.exp(usual.log_mean) == pytest.approx(1.0)
+
+
+def test_spikes_of_networks_that_learn_apart_are_found_apart(caplog: pytest.LogCaptureFixture) -> None:
+    steps = Steps(guard_of())
+    judge = nn.Parameter(torch.zeros(1))
+    steps.optimizer.add_network([judge], rate=1.0, betas=(0.5, 0.9))
+    for _ in range(60):
+        judge.grad = torch.tensor([1000.0])
+        steps.passes(1.0)
+    assert steps.guard.spikes == 0
+    judge.grad = torch.tensor([1000.0])
+    with caplog.at_level(logging.WARNING):
+        steps.passes(1000.0)
+    assert steps.guard.spikes == 1 and "its gradient has norm 1e+03 where 1 is usual" in caplog.text
+    judge.grad = torch.tensor([1e5])
+    with caplog.at_level(logging.WARNING):
+        steps.passes(1.0)
+    assert steps.guard.spikes == 2 and "the adversary's gradient has norm 1e+05" in caplog.text
+
+
+def test_a_guard_goes_on_from_its_state_as_if_nothing_had_happened() -> None:
+    draw = random.Random(0)
+    norms = [draw.lognormvariate(0, 1.5) for _ in range(200)]
+    whole = Steps(guard_of(skip_spikes=True))
+    before = [whole.passes(norm) for norm in norms[:99]]
+    assert not whole.passes(math.nan)
+    resumed = Steps(guard_of(skip_spikes=True))
+    resumed.guard.load_state_dict(whole.guard.state_dict())
+    after = [whole.passes(norm) for norm in norms[99:]]
+    assert [resumed.passes(norm) for norm in norms[99:]] == after
+    assert not all(before) and not all(after)
+    assert resumed.guard.state_dict() == whole.guard.state_dict()
+
+
+def test_what_was_counted_before_a_resume_is_told_after_it() -> None:
+    steps = Steps(guard_of())
+    steps.passes(math.inf)
+    resumed = Steps(guard_of())
+    resumed.guard.load_state_dict(steps.guard.state_dict())
+    assert resumed.passes(1.0) and resumed.passes(1.0)
+    assert resumed.logged == [{"skipped_steps": 1.0}]
+
+
+def test_too_many_spikes_in_a_row_end_the_run_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(guard_of(skip_spikes=True))
+    monkeypatch.setattr(steps.guard.saver, "save", lambda trainer: Path(f"step-{trainer.global_step}.ckpt"))
+
+    def ends(norm: float) -> None:
+        steps.passes(norm)
+        steps.guard.on_train_batch_end(steps, steps, None, None, 0)  # type: ignore[arg-type]
+
+    for norm in [1.0] * 60 + [1e3, 1e4, 1e5]:
+        ends(norm)
+    with pytest.raises(UserError, match=r"not finite, or a spike, in 4 steps in a row, up to step 64: .*step-64.ckpt"):
+        ends(1e6)

@@ -20,7 +20,7 @@ from dvae.train import ImageBatches, TrainConfig, objective_of
 from tessera.data.corpus import load_images
 from tessera.data.scenes import ScenesCorpus
 from tessera.errors import UserError
-from tessera.training.checkpoint import checkpoint_path, checkpoints, newest_readable
+from tessera.training.checkpoint import checkpoint_path, checkpoints, newest_valid
 from tessera.training.optim import OptimizerConfig
 from tessera.training.run import TrainerConfig, TrainingResult, run_training
 
@@ -104,9 +104,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     newest = checkpoints(directory)[-1]
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
-    readable, damaged = newest_readable(directory)
-    assert damaged == [newest]
-    assert readable == checkpoint_path(directory, 5)
+    valid, damaged = newest_valid(directory)
+    assert [path for path, _ in damaged] == [newest]
+    assert valid == checkpoint_path(directory, 5)
     _, weights, losses = run(tmp_path)
     assert len(losses) == 7
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
@@ -220,9 +220,33 @@ def test_checkpoints_load_without_unpickling_code(tmp_path: Path) -> None:
         assert "state_dict" in torch.load(path, weights_only=True)
 
 
-def test_several_processes_are_refused_for_now(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not supported yet; got trainer.num_devices=2"):
-        run(tmp_path, num_devices=2)
+def test_sharding_is_for_models_that_can_be_cut(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="strategy=fsdp shards the prior; the other stages fit into one device"):
+        run(tmp_path, strategy="fsdp")
+
+
+def test_a_batch_that_cannot_be_cut_into_parts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="multiple of 1 processes x 3 parts .*; got 4"):
+        run(tmp_path, accumulate=3)
+
+
+def test_accumulated_parts_make_the_step_of_the_whole_batch(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"optim": OptimizerConfig(hidden="adamw", learning_rate=1e-3)}
+    _, expected, losses = run(tmp_path / "whole", **options)
+    result, weights, parts = run(tmp_path / "parts", accumulate=2, **options)
+    assert result.steps == 12 and len(parts) == 24
+    sums = [sum(parts[at : at + 2]) for at in range(0, 24, 2)]  # each is divided by their number
+    assert sums == pytest.approx(losses, abs=1e-5)
+    assert all(torch.allclose(weights[key], expected[key], atol=1e-5) for key in expected)
+
+
+def test_a_killed_run_of_accumulated_parts_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    _, expected, losses = run(tmp_path / "whole", accumulate=2)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "killed", StopAt(8), accumulate=2)
+    _, weights, later_losses = run(tmp_path / "killed", accumulate=2)
+    assert later_losses == losses[10:]
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
 def test_wandb_is_an_option_that_nobody_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

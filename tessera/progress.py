@@ -12,8 +12,8 @@ _LINE_EVERY_SECONDS = 20.0
 
 
 @contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function of (done, in all) that moves the bar.
+def counting(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Gives a function of (done, in all or None where that is not known) that moves the bar.
 
     Args:
         what: the activity, in a word or two.
@@ -34,16 +34,19 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _lines(what: str) -> Callable[[int, int], None]:
+def _lines(what: str) -> Callable[[int, int | None], None]:
     began = shown = time.monotonic()
 
-    def show(done: int, total: int) -> None:
+    def show(done: int, total: int | None) -> None:
         nonlocal shown
         now = time.monotonic()
         if now - shown < _LINE_EVERY_SECONDS or not done:
             return
         shown = now
-        left = (now - began) * (total - done) / done
-        print(f"{what}  {done:,} of {total:,}  {left:,.0f} s left", file=sys.stderr, flush=True)
+        if total is None:
+            told = f"{done:,}  {done / (now - began):,.0f} a second"
+        else:
+            told = f"{done:,} of {total:,}  {(now - began) * (total - done) / done:,.0f} s left"
+        print(f"{what}  {told}", file=sys.stderr, flush=True)
 
     return show

@@ -2,8 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from recipes import progress
-from recipes.progress import counting
+from tessera import progress
+from tessera.progress import counting
 
 
 def test_a_log_file_gets_a_line_now_and_then(
@@ -16,3 +16,14 @@ def test_a_log_file_gets_a_line_now_and_then(
             on_progress(done, 4_000)
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["judging  2,000 of 4,000  25 s left", "judging  4,000 of 4,000  0 s left"]
+
+
+def test_what_has_no_known_end_is_told_by_its_rate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter([0.0, 5.0, 25.0])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    with counting("checking images") as on_progress:
+        for done in (1_000, 5_000):
+            on_progress(done, None)
+    assert capsys.readouterr().err.splitlines() == ["checking images  5,000  200 a second"]

@@ -1,0 +1,196 @@
+"""What going on from a model is worth on few new pictures, and at what learning rate.
+
+python -m benchmarks.finetuning MODEL [--pictures N] [--steps N] [--quick] [--out benchmarks/results/finetuning.json]
+
+MODEL is a model folder trained on scenes (`tessera fit scenes`). The new pictures are scenes whose red and blue are
+exchanged, so that nearly every color word has come to mean another color. Every prior is trained for equally many steps
+on the same codes of MODEL's frozen dVAE; a quarter of the pictures is held out. The parser reads what a prior draws
+after red and blue are exchanged once more.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.record import Row, write_results
+from dvae.encode import encode
+from recipes.origin import Base, open_base, take_over
+from recipes.plan import CONTINUED_RATE, DataFacts, Plan, draft
+from recipes.speed import measure_machine
+from sampling.pipeline import Pipeline
+from tessera.data.config import DataConfig
+from tessera.data.scenes import render, sample_prompts, sample_scene, scene_captions
+from tessera.data.scenes_parser import satisfies
+from tessera.data.shards import TokenShards
+from tessera.errors import UserError, run_command
+from tessera.model_folder import ModelFolder
+from tessera.training.metrics import read_metrics
+from transformer.lit import prior_loss
+from transformer.model import load as load_prior
+from transformer.train import split_rows, train, validation_batches
+
+CLAIM = "a prior that goes on from a model, at shares of the rate for new weights, against one with new weights"
+SEED = 909
+HELD_OUT_SHARE = 0.25
+RATES = (1.0, 0.3, 0.1)
+_VALIDATIONS = 10
+_IMAGES_PER_PROMPT = 4
+_UNIT = "nats per held-out image token"
+_DRAWING = {"temperature": 0.75, "guidance": 1.5}
+
+
+class Contestant(NamedTuple):
+    """A way to a prior for the new pictures."""
+
+    name: str
+    rate: float
+    """As a share of the rate for new weights; 0 trains nothing."""
+    is_continued: bool = True
+
+
+CONTESTANTS = (
+    Contestant("as it was", 0.0),
+    *(Contestant(f"gone on from at {rate:g} of the rate", rate) for rate in RATES),
+    Contestant("new weights", 1.0, is_continued=False),
+)
+
+
+def recolored_scenes(folder: Path, *, pictures: int, image_size: tuple[int, int]) -> None:
+    """Writes scenes with red and blue exchanged, with all their captions, as files."""
+    folder.mkdir()
+    for index in range(pictures):
+        _, scene = sample_scene(SEED, index, image_size=image_size)
+        swapped = np.ascontiguousarray(render(scene, image_size)[..., ::-1])
+        Image.fromarray(swapped).save(folder / f"{index:05d}.png")
+        captions = scene_captions(SEED, index, image_size=image_size)
+        (folder / f"{index:05d}.txt").write_text("\n".join(captions))
+
+
+def planned(base: Base, data: DataConfig, *, pictures: int) -> Plan:
+    """What `tessera fit --from` would do with these pictures."""
+    facts = DataFacts(
+        name="recolored", num_images=pictures, image_size=base.image_size, text_len=base.prior.layout.text_len
+    )
+    return draft(data, facts, measure_machine(), minutes=10.0, device="auto", seed=0, base=base)
+
+
+def trained(contestant: Contestant, plan: Plan, shards: Path, out: Path, *, steps: int) -> list[tuple[float, float]]:
+    """Makes a model folder with the contestant's prior, and returns its held-out losses on the way by step."""
+    assert plan.origin is not None
+    take_over(plan.origin, out)
+    rate = plan.prior.optim.learning_rate / CONTINUED_RATE
+    every = max(1, steps // _VALIDATIONS)
+    trainer = replace(plan.prior.trainer, max_steps=steps, validate_every_steps=every, compile=False)
+    config = replace(
+        plan.prior,
+        shards=str(shards),
+        out=str(out),
+        run_dir=f"{out}.run",
+        init_from=plan.origin.path if contestant.is_continued else None,
+        optim=replace(plan.prior.optim, learning_rate=contestant.rate * rate),
+        trainer=trainer,
+        validation_share=HELD_OUT_SHARE,
+    )
+    train(config)
+    return read_metrics(Path(config.run_dir)).get("val_image_loss", [])
+
+
+def held_out_loss(model: Path, shards: TokenShards) -> float:
+    """Mean nats per image token on the held-out pictures."""
+    folder = ModelFolder.open(model, parts=["prior"])
+    prior = load_prior(folder)
+    _, rows = split_rows(len(shards), HELD_OUT_SHARE)
+    losses = []
+    with torch.inference_mode():
+        for batch in validation_batches(shards, rows, open_base(model).tokenizer):
+            output = prior(batch["text_ids"], batch["codes"])
+            loss = prior_loss(output, **_as_told(batch), text_vocab_size=prior.layout.text_vocab_size)
+            losses += [float(loss.image)] * len(batch["codes"])
+    return statistics.mean(losses)
+
+
+def _as_told(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {"text_ids": batch["text_ids"], "image_codes": batch["codes"]}
+
+
+def share_right(model: Path, *, prompts: int) -> float:
+    """Share of drawn pictures that show what their prompt says, with the new meaning of the colors."""
+    asked = sample_prompts(prompts, seed=SEED)
+    images = Pipeline.load(model)(
+        [prompt.text for prompt in asked], n=_IMAGES_PER_PROMPT, seed=SEED, scorer=None, **_DRAWING
+    )
+    specs = [prompt.spec for prompt in asked for _ in range(_IMAGES_PER_PROMPT)]
+    return statistics.mean(
+        satisfies(np.ascontiguousarray(image.image[..., ::-1]), spec) for image, spec in zip(images, specs, strict=True)
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Trains the contestants and writes one row for the loss and one for the pictures of each."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.finetuning", description=CLAIM)
+    parser.add_argument("model", nargs="?", help="a model folder trained on scenes")
+    parser.add_argument("--pictures", type=int, default=300, help="new pictures (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=500, help="of 16 pictures, for each prior (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=120, help="to draw for, 4 pictures each (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="60 steps, 12 prompts")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/finetuning.json"))
+    arguments = parser.parse_args(argv)
+    if arguments.model is None:
+        print("nothing measured: name a model folder trained on scenes, as `tessera fit scenes --out MODEL` makes it")
+        return 0
+    steps, prompts = (60, 12) if arguments.quick else (arguments.steps, arguments.prompts)
+    base = open_base(arguments.model)
+    if ModelFolder.open(base.origin.path).metadata("prior").get("corpus") != "scenes":
+        raise UserError(f"{arguments.model} was not trained on scenes, whose captions and pictures are needed here")
+    losses: dict[str, float] = {}
+    right: dict[str, float] = {}
+    curves: dict[str, list[tuple[float, float]]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        recolored_scenes(folder / "pictures", pictures=arguments.pictures, image_size=base.image_size)
+        data = DataConfig(path=str(folder / "pictures"), image_size=base.image_size, cache_dir=str(folder / "data"))
+        plan = planned(base, data, pictures=arguments.pictures)
+        take_over(base.origin, folder / "frozen")
+        encode(replace(plan.encode, data=data, out=str(folder / "frozen"), shards=str(folder / "shards")))
+        shards = TokenShards(folder / "shards")
+        for place, contestant in enumerate(CONTESTANTS):
+            model = Path(base.origin.path)
+            if contestant.rate:
+                model = folder / f"model-{place}"
+                curves[contestant.name] = trained(contestant, plan, folder / "shards", model, steps=steps)
+            losses[contestant.name] = held_out_loss(model, shards)
+            right[contestant.name] = share_right(model, prompts=prompts)
+            print(f"{contestant.name}: {losses[contestant.name]:.3f} nats, {right[contestant.name]:.1%} right")
+    rows = []
+    for contestant in CONTESTANTS:
+        name = contestant.name
+        goal = 1.0 if contestant.rate == CONTINUED_RATE else None  # what `tessera fit --from` takes
+        for peer in (CONTESTANTS[-1].name, CONTESTANTS[0].name):
+            if peer != name:
+                rows.append(Row(f"{name}: loss", losses[name], _UNIT, peer, losses[peer] / losses[name], goal))
+        rows.append(Row(f"{name}: right", right[name], "share of pictures", "", None, None))
+    raw = {
+        "model": base.origin.sha256,
+        "steps": steps,
+        "pictures": arguments.pictures,
+        "held_out_share": HELD_OUT_SHARE,
+        "prompts": prompts,
+        "held_out_loss_by_step": curves,
+        "rate_for_new_weights": plan.prior.optim.learning_rate / CONTINUED_RATE,
+        **_DRAWING,
+    }
+    write_results(arguments.out, claim=CLAIM, rows=rows, raw=raw)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main, sys.argv[1:]))
