@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 import sentencepiece
 import torch
 
+from tessera.bpe_dropout import merge_with_dropout
 from tessera.errors import UserError
 
 PAD_ID, UNKNOWN_ID, BEGIN_ID, END_ID = 0, 1, 2, 3
@@ -28,7 +29,6 @@ _MAX_ALPHABET = 1_000  # a larger one (CJK) is covered to 99.95 % of its occurre
 _MAX_SENTENCE_BYTES = 1 << 20  # the trainer silently drops longer lines; its default of 4,192 is short for captions
 _MAX_COUNTED_CAPTIONS = 50_000
 _DROPOUT_ROOM = 1.25  # dropout splits captions into more pieces
-_SEED_MODULUS = 2**32 - 1  # sentencepiece ignores the seed 2**32 - 1
 
 
 class TextTokenizer:
@@ -54,6 +54,9 @@ class TextTokenizer:
         self.proto = proto
         self.sha256 = hashlib.sha256(proto).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
+        pieces = range(_NUM_SPECIAL + _NUM_BYTES, self.vocab_size)
+        self._ids = {self._processor.id_to_piece(piece): piece for piece in pieces}
+        self._score_of = {name: self._processor.get_score(piece) for name, piece in self._ids.items()}
 
     @classmethod
     def train(cls, captions: Iterable[str], *, vocab_size: int, seed: int = 0) -> "TextTokenizer":
@@ -125,9 +128,14 @@ class TextTokenizer:
         _check_encodable(caption)
         if dropout == 0.0:
             return self._processor.encode(caption)
-        # sentencepiece keeps one generator for the process: only a fresh seed makes this independent of earlier calls.
-        sentencepiece.set_random_generator_seed(seed % _SEED_MODULUS)
-        return self._processor.encode(caption, enable_sampling=True, alpha=dropout, nbest_size=-1)
+        text = self._processor.normalize(caption)
+        pieces = merge_with_dropout(text, self._score_of, dropout=dropout, chance=random.Random(int(seed) % 2**64))
+        return [token for piece in pieces for token in self._spelled(piece)]
+
+    def _spelled(self, piece: str) -> list[int]:
+        """The id of a piece; the bytes of a character that is none."""
+        known = self._ids.get(piece)
+        return [_NUM_SPECIAL + byte for byte in piece.encode()] if known is None else [known]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Joins piece ids to text; special ids and per-position pads are skipped.

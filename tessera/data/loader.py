@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -85,6 +86,7 @@ class KeyedLoader:
             batch_size=None,
             num_workers=self.num_workers,
             prefetch_factor=4,
+            generator=torch.Generator(),  # or beginning would draw from the generator that training draws from
         )
         yield from loader
 

@@ -118,7 +118,12 @@ def _generators() -> dict[str, Any]:
     assert isinstance(numpy_state, dict)
     return {
         "python": [version, list(words), gauss],
-        "numpy": [torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)), int(numpy_state["state"]["pos"])],
+        "numpy": [
+            torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+            int(numpy_state["state"]["pos"]),
+            int(numpy_state["has_gauss"]),
+            float(numpy_state["gauss"]),
+        ],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
@@ -127,8 +132,8 @@ def _generators() -> dict[str, Any]:
 def _set_generators(state: dict[str, Any]) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    key, position = state["numpy"]
-    np.random.set_state(("MT19937", key.numpy().astype(np.uint32), position, 0, 0.0))
+    key, *rest = state["numpy"]
+    np.random.set_state(("MT19937", key.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

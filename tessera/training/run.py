@@ -215,7 +215,9 @@ def run_training(
             num_workers=config.num_workers,
         )
         # a bare list would be taken for several loaders
-        validation_loader = DataLoader(validation, batch_size=None) if validation else None  # type: ignore[arg-type]
+        validation_loader = (
+            DataLoader(validation, batch_size=None, generator=torch.Generator()) if validation else None  # type: ignore[arg-type]
+        )
         try:
             trainer.fit(module, loader, validation_loader, ckpt_path=resume_from, weights_only=True)
         except SystemExit as exit_:  # what Lightning makes of an interrupt
@@ -235,6 +237,11 @@ def _newest(directory: Path) -> Path | None:
         found, damaged = newest_valid(directory)
         for path, reason in damaged:
             logging.getLogger(__name__).warning("checkpoint passed over: %s: %s", path, reason)
+        if damaged and found is None:
+            raise UserError(
+                f"no checkpoint in {directory} is as it was saved, the newest is {damaged[0].path.name}: "
+                f"{damaged[0].reason}; delete that folder to start over"
+            )
     return gather(found)[0]
 
 

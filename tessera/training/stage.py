@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from tessera.atomic_write import atomic_write
-from tessera.config import to_plain
+from tessera.config import from_plain, to_plain
 from tessera.errors import UserError
 from tessera.model_folder import ModelFolder
 from tessera.plain_yaml import read_yaml, write_yaml
@@ -38,7 +38,10 @@ def begin(run_dir: Path, config: Any, *, inputs: dict[str, str]) -> dict[str, An
     resolved = {"config": to_plain(config), "inputs": inputs}
     path = run_dir / CONFIG_FILE
     if path.exists():
-        difference = _first_difference(read_yaml(path), resolved, "")
+        begun = read_yaml(path)
+        # Settings that there were none of when it began have their defaults.
+        begun["config"] = to_plain(from_plain(type(config), begun["config"], source=str(path)))
+        difference = _first_difference(begun, resolved, "")
         if difference is not None:
             raise UserError(
                 f"{run_dir} holds another run: {difference}; choose another run_dir or delete that folder to start over"

@@ -1,5 +1,9 @@
 """The tokenizer round-trips any text, survives any corpus, and draws the same dropout wherever it is asked."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -68,6 +72,38 @@ def test_dropout_depends_on_the_seed_alone(tokenizer: TextTokenizer) -> None:
     splits = {tuple(tokenizer.encode(caption, dropout=0.5, seed=seed)) for seed in range(20)}
     assert len(splits) > 10
     assert {tokenizer.decode(split) for split in splits} == {caption}
+
+
+def test_another_process_draws_the_same_dropout(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    """A run that is resumed must see the pieces that it would have seen."""
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.proto)
+    program = """
+import sys
+from pathlib import Path
+from tessera.text_tokenizer import TextTokenizer
+tokenizer = TextTokenizer(Path(sys.argv[1]).read_bytes())
+print([tokenizer.encode("a large yellow circle", dropout=0.5, seed=seed) for seed in range(5)])
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "tokenizer.model")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert printed == str([tokenizer.encode("a large yellow circle", dropout=0.5, seed=seed) for seed in range(5)])
+
+
+@pytest.mark.parametrize(
+    "text", [*CAPTIONS[:5], "  many   spaces ", "½ ﬁ Ω 猫 🐈", "<unk> <0x41>", "aaaaaaaaa", "a\u2581b"]
+)
+def test_dropout_that_drops_nothing_merges_as_without(tokenizer: TextTokenizer, text: str) -> None:
+    assert tokenizer.encode(text, dropout=1e-12, seed=1) == tokenizer.encode(text)
+
+
+def test_more_dropout_gives_more_pieces(tokenizer: TextTokenizer) -> None:
+    counts = [
+        sum(len(tokenizer.encode(caption, dropout=dropout, seed=seed)) for seed, caption in enumerate(CAPTIONS))
+        for dropout in (0.0, 0.2, 0.5, 0.999)
+    ]
+    assert counts == sorted(set(counts))
+    spelled = len("▁") + len("a red star")  # one piece for each character
+    assert len(tokenizer.encode("a red star", dropout=1 - 1e-12, seed=1)) == spelled
 
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**63, -5])

@@ -112,6 +112,14 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
+def test_a_run_without_a_sound_checkpoint_does_not_start_over_by_itself(tmp_path: Path) -> None:
+    run(tmp_path)
+    for path in checkpoints(tmp_path / "checkpoints"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="no checkpoint in .* is as it was saved, .*step-000000010.ckpt: truncated"):
+        run(tmp_path)
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     run(tmp_path, max_steps=20)
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == [
