@@ -1,11 +1,11 @@
-"""What going on from a model is worth on few new pictures, and at what learning rate.
+"""What going on from a model is worth on few new pictures: at what learning rate, and for how many passes over them.
 
-python -m benchmarks.finetuning MODEL [--pictures N] [--steps N] [--quick] [--out benchmarks/results/finetuning.json]
+python -m benchmarks.finetuning MODEL [--pictures N] [--prompts N] [--quick] [--out benchmarks/results/finetuning.json]
 
 MODEL is a model folder trained on scenes (`tessera fit scenes`). The new pictures are scenes whose red and blue are
-exchanged, so that nearly every color word has come to mean another color. Every prior is trained for equally many steps
-on the same codes of MODEL's frozen dVAE; a quarter of the pictures is held out. The parser reads what a prior draws
-after red and blue are exchanged once more.
+exchanged, so that nearly every color word has come to mean another color. All priors learn the same codes of MODEL's
+frozen dVAE; a quarter of the pictures is held out. The parser reads what a prior draws after red and blue are exchanged
+once more.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from PIL import Image
 from benchmarks.record import Row, write_results
 from dvae.encode import encode
 from recipes.origin import Base, open_base, take_over
-from recipes.plan import CONTINUED_RATE, DataFacts, Plan, draft
+from recipes.plan import CONTINUED_RATE, MOST_CONTINUED_EPOCHS, DataFacts, Plan, draft
 from recipes.speed import measure_machine
 from sampling.pipeline import Pipeline
 from tessera.data.config import DataConfig
@@ -38,10 +38,9 @@ from transformer.lit import prior_loss
 from transformer.model import load as load_prior
 from transformer.train import split_rows, train, validation_batches
 
-CLAIM = "a prior that goes on from a model, at shares of the rate for new weights, against one with new weights"
+CLAIM = "a prior that goes on from a model, at shares of the rate and numbers of epochs, against one with new weights"
 SEED = 909
 HELD_OUT_SHARE = 0.25
-RATES = (1.0, 0.3, 0.1)
 _VALIDATIONS = 10
 _IMAGES_PER_PROMPT = 4
 _UNIT = "nats per held-out image token"
@@ -51,16 +50,33 @@ _DRAWING = {"temperature": 0.75, "guidance": 1.5}
 class Contestant(NamedTuple):
     """A way to a prior for the new pictures."""
 
-    name: str
     rate: float
-    """As a share of the rate for new weights; 0 trains nothing."""
+    """As a share of the rate for new weights."""
+    epochs: int
+    """Passes over the pictures that are not held out; 0 trains nothing."""
     is_continued: bool = True
 
+    @property
+    def name(self) -> str:
+        """For people."""
+        if not self.epochs:
+            return "as it was"
+        start = f"gone on from at {self.rate:g} of the rate" if self.is_continued else "new weights"
+        return f"{start}, {self.epochs} epochs"
 
+
+AS_IT_WAS = Contestant(0.0, 0)
+CHOSEN = Contestant(CONTINUED_RATE, MOST_CONTINUED_EPOCHS)
+NEW = Contestant(1.0, MOST_CONTINUED_EPOCHS, is_continued=False)
 CONTESTANTS = (
-    Contestant("as it was", 0.0),
-    *(Contestant(f"gone on from at {rate:g} of the rate", rate) for rate in RATES),
-    Contestant("new weights", 1.0, is_continued=False),
+    AS_IT_WAS,
+    Contestant(1.0, MOST_CONTINUED_EPOCHS),
+    CHOSEN,
+    Contestant(0.1, MOST_CONTINUED_EPOCHS),
+    Contestant(CONTINUED_RATE, 5),
+    Contestant(CONTINUED_RATE, 40),
+    NEW,
+    NEW._replace(epochs=40),
 )
 
 
@@ -83,16 +99,18 @@ def planned(base: Base, data: DataConfig, *, pictures: int) -> Plan:
     return draft(data, facts, measure_machine(), minutes=10.0, device="auto", seed=0, base=base)
 
 
-def trained(contestant: Contestant, plan: Plan, shards: Path, out: Path, *, steps: int) -> list[tuple[float, float]]:
+def trained(contestant: Contestant, plan: Plan, shards: TokenShards, out: Path) -> list[tuple[float, float]]:
     """Makes a model folder with the contestant's prior, and returns its held-out losses on the way by step."""
     assert plan.origin is not None
     take_over(plan.origin, out)
     rate = plan.prior.optim.learning_rate / CONTINUED_RATE
+    samples, _ = split_rows(len(shards), HELD_OUT_SHARE)
+    steps = max(1, contestant.epochs * len(samples) // plan.prior.trainer.batch_size)
     every = max(1, steps // _VALIDATIONS)
     trainer = replace(plan.prior.trainer, max_steps=steps, validate_every_steps=every, compile=False)
     config = replace(
         plan.prior,
-        shards=str(shards),
+        shards=str(shards.directory),
         out=str(out),
         run_dir=f"{out}.run",
         init_from=plan.origin.path if contestant.is_continued else None,
@@ -113,13 +131,10 @@ def held_out_loss(model: Path, shards: TokenShards) -> float:
     with torch.inference_mode():
         for batch in validation_batches(shards, rows, open_base(model).tokenizer):
             output = prior(batch["text_ids"], batch["codes"])
-            loss = prior_loss(output, **_as_told(batch), text_vocab_size=prior.layout.text_vocab_size)
-            losses += [float(loss.image)] * len(batch["codes"])
+            codes, text_vocab_size = batch["codes"], prior.layout.text_vocab_size
+            loss = prior_loss(output, batch["text_ids"], codes, text_vocab_size=text_vocab_size)
+            losses += [float(loss.image)] * len(codes)
     return statistics.mean(losses)
-
-
-def _as_told(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    return {"text_ids": batch["text_ids"], "image_codes": batch["codes"]}
 
 
 def share_right(model: Path, *, prompts: int) -> float:
@@ -139,15 +154,14 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.finetuning", description=CLAIM)
     parser.add_argument("model", nargs="?", help="a model folder trained on scenes")
     parser.add_argument("--pictures", type=int, default=300, help="new pictures (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=500, help="of 16 pictures, for each prior (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=120, help="to draw for, 4 pictures each (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="60 steps, 12 prompts")
+    parser.add_argument("--quick", action="store_true", help="60 pictures, 12 prompts")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/finetuning.json"))
     arguments = parser.parse_args(argv)
     if arguments.model is None:
         print("nothing measured: name a model folder trained on scenes, as `tessera fit scenes --out MODEL` makes it")
         return 0
-    steps, prompts = (60, 12) if arguments.quick else (arguments.steps, arguments.prompts)
+    pictures, prompts = (60, 12) if arguments.quick else (arguments.pictures, arguments.prompts)
     base = open_base(arguments.model)
     if ModelFolder.open(base.origin.path).metadata("prior").get("corpus") != "scenes":
         raise UserError(f"{arguments.model} was not trained on scenes, whose captions and pictures are needed here")
@@ -156,32 +170,31 @@ def main(argv: Sequence[str]) -> int:
     curves: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        recolored_scenes(folder / "pictures", pictures=arguments.pictures, image_size=base.image_size)
+        recolored_scenes(folder / "pictures", pictures=pictures, image_size=base.image_size)
         data = DataConfig(path=str(folder / "pictures"), image_size=base.image_size, cache_dir=str(folder / "data"))
-        plan = planned(base, data, pictures=arguments.pictures)
+        plan = planned(base, data, pictures=pictures)
         take_over(base.origin, folder / "frozen")
         encode(replace(plan.encode, data=data, out=str(folder / "frozen"), shards=str(folder / "shards")))
         shards = TokenShards(folder / "shards")
         for place, contestant in enumerate(CONTESTANTS):
             model = Path(base.origin.path)
-            if contestant.rate:
+            if contestant.epochs:
                 model = folder / f"model-{place}"
-                curves[contestant.name] = trained(contestant, plan, folder / "shards", model, steps=steps)
+                curves[contestant.name] = trained(contestant, plan, shards, model)
             losses[contestant.name] = held_out_loss(model, shards)
             right[contestant.name] = share_right(model, prompts=prompts)
             print(f"{contestant.name}: {losses[contestant.name]:.3f} nats, {right[contestant.name]:.1%} right")
     rows = []
     for contestant in CONTESTANTS:
         name = contestant.name
-        goal = 1.0 if contestant.rate == CONTINUED_RATE else None  # what `tessera fit --from` takes
-        for peer in (CONTESTANTS[-1].name, CONTESTANTS[0].name):
+        goal = 1.0 if contestant == CHOSEN else None  # what `tessera fit --from` does
+        for peer in (NEW.name, AS_IT_WAS.name):
             if peer != name:
                 rows.append(Row(f"{name}: loss", losses[name], _UNIT, peer, losses[peer] / losses[name], goal))
         rows.append(Row(f"{name}: right", right[name], "share of pictures", "", None, None))
     raw = {
         "model": base.origin.sha256,
-        "steps": steps,
-        "pictures": arguments.pictures,
+        "pictures": pictures,
         "held_out_share": HELD_OUT_SHARE,
         "prompts": prompts,
         "held_out_loss_by_step": curves,

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from tessera.training.callbacks import ProgressClock
 
 _BAR_EVERY_SECONDS = 0.5
+# operations per second without sparsity, NVIDIA H200 data sheet; float32 without TF32
+_OTHER_PEAKS = {"H200": {torch.bfloat16: 989e12, torch.float32: 67e12}}
 
 _logger = logging.getLogger(__name__)
 
@@ -178,7 +180,7 @@ class ProgressLine(Callback):
         dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a GPU that is not in Lightning's table
-            peak = get_available_flops(trainer.strategy.root_device, dtype)
+            peak = get_available_flops(trainer.strategy.root_device, dtype) or _other_peak(trainer, dtype)
         if peak is None or self.operations is None:
             return 0.0
         try:
@@ -191,6 +193,15 @@ class ProgressLine(Callback):
         if self._bar:
             self._bar.stop()
             self._bar = None
+
+
+def _other_peak(trainer: pl.Trainer, dtype: torch.dtype) -> float | None:
+    """The peak of GPUs that Lightning's table has under names that their drivers do not give."""
+    device = trainer.strategy.root_device
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peaks.get(dtype) for part, peaks in _OTHER_PEAKS.items() if part in name), None)
 
 
 def count_operations(build: Callable[[], nn.Module], loss: Callable[[Any], Tensor]) -> int:

@@ -92,7 +92,7 @@ def test_an_interrupted_fine_tuning_goes_on_and_leaves_its_model_as_it_was(
 ) -> None:
     model, out = Path(shutil.copytree(fitted_model, tmp_path / "scenes")), tmp_path / "m"
     before = {file: file.read_bytes() for file in model.rglob("*") if file.is_file()}
-    steps = ["prior.trainer.max_steps=3", "scorer.trainer.max_steps=2"]
+    steps = ["prior.trainer.max_steps=3", "scorer.trainer.max_steps=2", "data.limit=16"]
     command = [
         str(image_folder),
         "--from",

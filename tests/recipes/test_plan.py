@@ -8,6 +8,7 @@ from dvae.model import DiscreteVAEConfig
 from recipes.origin import Base, Origin, open_base
 from recipes.plan import (
     CONTINUED_RATE,
+    MOST_CONTINUED_EPOCHS,
     PRIOR_ROWS,
     STAGES,
     DataFacts,
@@ -214,9 +215,12 @@ def test_weights_that_go_on_learn_at_a_share_of_the_rate_for_new_ones(base: Base
 def test_weights_that_go_on_see_few_images_less_often_than_new_ones(base: Base) -> None:
     facts = replace(SCENES, num_images=400)
     new, plan = (timed(plan, facts, SPEED) for plan in (drafted(facts, minutes=200.0), continued(base, minutes=200.0)))
-    assert plan.prior.trainer.max_steps * plan.prior.trainer.batch_size <= 40 * 400
-    assert 5 * plan.prior.trainer.max_steps < new.prior.trainer.max_steps
+    assert plan.prior.trainer.max_steps * plan.prior.trainer.batch_size == MOST_CONTINUED_EPOCHS * 400
+    assert 30 * plan.prior.trainer.max_steps < new.prior.trainer.max_steps
     assert plan.scorer.trainer.max_steps < new.scorer.trainer.max_steps
+    relearning = timed(continued(replace_origin(base, train_dvae=True), minutes=200.0), facts, SPEED)
+    for stage in ("dvae", "prior"):  # the codes come to mean something else
+        assert getattr(relearning, stage).trainer.max_steps == getattr(new, stage).trainer.max_steps
 
 
 def test_a_scorer_that_is_new_learns_at_the_usual_rate(base: Base) -> None:

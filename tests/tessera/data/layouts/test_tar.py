@@ -240,7 +240,7 @@ def test_nothing_is_unpickled(tmp_path: Path, suffix: str) -> None:
 
 
 def test_kinds_that_are_passed_over_are_counted_and_their_number_is_bounded(tmp_path: Path) -> None:
-    odd = [(f"0.{number}x", b"") for number in range(300)] + [("0.\x1b[31m", b""), ("0." + "y" * 50, b"")]
+    odd = [("0.\x1b[31m", b""), ("0." + "y" * 50, b""), *((f"0.{number}x", b"") for number in range(300))]
     hidden = [("._0.jpg", b""), ("__MACOSX/0.jpg", b""), (".cache/1.zip", b"")]
     write(tmp_path, *hidden, ("README", b""), *odd, ("a.heic", b""), form=tarfile.USTAR_FORMAT)
     candidates, rejects, notes = read(tmp_path)
@@ -257,7 +257,7 @@ def test_oversized_members_are_refused_or_cut_without_being_read(tmp_path: Path)
     path = write(
         tmp_path,
         ("a.jpg", b"a"),
-        ("a.txt", "words " * MAX_CAPTION_FILE_BYTES),
+        ("a.txt", "words " * (4 * MAX_CAPTION_FILE_BYTES)),
         ("b.jpg", b"b"),
         ("b.json", json.dumps({"caption": "x" * MAX_CAPTION_FILE_BYTES})),
     )
@@ -275,7 +275,7 @@ def test_oversized_members_are_refused_or_cut_without_being_read(tmp_path: Path)
     assert list(candidates) == ["a.jpg"] and len(candidates["a.jpg"][0]) <= 1000
     assert rejects == {"b.jpg": NO_CAPTION, "c.jpg": "file too large: 3072 MiB, at most 512"}
     assert notes[NOTE_LONG_FILE] == notes[NOTE_LONG_JSON] == 1
-    assert peak < 30 * 2**20
+    assert peak < 16 * 2**20
 
 
 @pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b'{"caption": 1' + b"0" * 10_000 + b"}", b"\xff\xfe", b""])

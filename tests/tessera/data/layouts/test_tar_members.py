@@ -148,11 +148,13 @@ def test_sparse_files_are_named_and_the_walk_goes_on_behind_them(tmp_path: Path,
     assert content[members[0].offset :][:3] == b"old"
 
 
-def test_a_sparse_map_without_end_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_end", [True, False])
+def test_a_sparse_map_of_more_than_a_mebibyte_is_refused(tmp_path: Path, has_end: bool) -> None:
     header = bytearray(member("holes.jpg", kind=tarfile.GNUTYPE_SPARSE)[:BLOCK])
     header[482] = 1
-    _, damage, _ = walk(tmp_path / "a.tar", repaired(header) + b"\1" * BLOCK * 3000)
-    assert damage == "damaged archive: the map of a sparse file at byte 512 has no end"
+    end = bytes(BLOCK) + member("a.jpg") + END if has_end else b""
+    members, damage, _ = walk(tmp_path / "a.tar", repaired(header) + b"\1" * BLOCK * 2_100 + end)
+    assert not members and damage == "damaged archive: the map of a sparse file at byte 512 has no end"
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME])
