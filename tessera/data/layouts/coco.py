@@ -111,7 +111,7 @@ def _begins_like_coco(beginning: str) -> bool:
             if key in ("images", "annotations"):
                 first, _ = decoder.raw_decode(beginning, _skip(beginning, position + 1))
                 wanted = {"id", "file_name"} if key == "images" else {"image_id", "caption"}
-                return beginning[position] == "[" and isinstance(first, dict) and wanted <= first.keys()
+                return isinstance(first, dict) and wanted <= first.keys()
             _, position = decoder.raw_decode(beginning, position)
     except (ValueError, IndexError, RecursionError):
         pass

@@ -154,12 +154,11 @@ class _Entry:
         self.lock = threading.Lock()
         self.images: Any = None
         self.error: ImageError | None = None
-        self.num_bytes = 0
+        self.num_bytes = 0  # as counted in the cache
 
     def read(self, table: _Table, group: int) -> None:
         try:
             self.images = _read_images(table, group)
-            self.num_bytes = self.images.nbytes
         except ImageError as error:
             # Kept as well: a row group that is damaged at its end is not to be read for each of its rows.
             self.error = error
@@ -188,10 +187,10 @@ class _RowGroups:
 
     def _make_room(self, key: tuple[int, ...], entry: _Entry) -> None:
         with self._lock:
-            if self._entries.get(key) is entry:  # others may have driven it out while it was read
+            # Others may have driven it out while it was read.
+            if entry.images is not None and self._entries.get(key) is entry:
+                entry.num_bytes = entry.images.nbytes
                 self._num_bytes += entry.num_bytes
-            else:
-                entry.num_bytes = 0
             while len(self._entries) > 1 and (self._num_bytes > CACHE_BYTES or len(self._entries) > _MAX_ROW_GROUPS):
                 self._num_bytes -= self._entries.popitem(last=False)[1].num_bytes
 

@@ -121,6 +121,8 @@ def test_a_saved_split_is_not_taken_for_another(tmp_path: Path) -> None:
 
 
 def test_folders_with_colons_are_found(tmp_path: Path) -> None:
+    for folder in ("a", "a:b"):
+        (tmp_path / folder).mkdir()
     spec = save_splits(tmp_path / "a:b:test", test=made_of([png(1)], text=["a"]))
     assert read(spec)[0] == read(f"{spec}:test")[0] == {0: ("a",)}
 

@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -201,8 +202,10 @@ def test_row_groups_too_large_for_memory_are_refused_and_large_ones_noted(
     candidates, rejects, _ = read(tmp_path)
     assert candidates == {2: ("c",)} and set(rejects) == {f"{FILE} row 0", f"{FILE} row 1"}
     assert "row_group_size=100" in rejects[f"{FILE} row 0"]
-    with pytest.raises(ImageError, match="^row group too large"):
-        read_image(path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet._Table, "batches", None)  # nothing of it is read
+        with pytest.raises(ImageError, match="^row group too large"):
+            read_image(path, 1)
     monkeypatch.setattr(parquet, "MAX_ROW_GROUP_BYTES", 2**20)
     monkeypatch.setattr(parquet, "SLOW_ROW_GROUP_BYTES", 2_000)
     assert read(tmp_path)[2] == {NOTE_SLOW: 1}
@@ -233,6 +236,16 @@ def test_a_row_group_of_another_length_than_its_footer_says_is_damaged(
     parquet._describe_once.cache_clear()
     candidates, rejects, _ = read(tmp_path)
     assert len(candidates) <= rows and list(rejects) == [FILE]
+
+
+def test_row_groups_of_negative_length_are_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, {"jpg": [b"x"] * 3, "text": ["a"] * 3})
+    groups = [SimpleNamespace(num_rows=rows, total_byte_size=9) for rows in (5, -2)]
+    lie = SimpleNamespace(
+        schema=pyarrow.parquet.read_metadata(path).schema, num_row_groups=2, row_group=groups.__getitem__
+    )
+    monkeypatch.setattr(parquet, "_read_metadata", lambda path: lie)
+    assert read(tmp_path)[1] == {FILE: "damaged: a row group of fewer than no rows"}
 
 
 def test_a_caption_that_is_not_text_costs_its_row_only(tmp_path: Path) -> None:
