@@ -58,7 +58,7 @@ class Scale(NamedTuple):
     dvae_seconds: float
 
 
-FULL = Scale(widths=(64, 128, 256), steps=300, middle_rate=1.2e-2, scenes=6000, dvae_seconds=60.0)
+FULL = Scale(widths=(64, 128, 256), steps=300, middle_rate=1.2e-2, scenes=6000, dvae_seconds=45.0)
 QUICK = Scale(widths=(64, 128), steps=60, middle_rate=1.2e-2, scenes=1500, dvae_seconds=15.0)
 
 
@@ -91,7 +91,7 @@ def rows_of(losses: dict[int, list[float]], scale: Scale) -> list[Row]:
             continue
         # the rates of all widths correspond, so that the one predicted was tried
         predicted, loss = scaled_rate(found, width=REFERENCE_WIDTH, to_width=width), values[best[REFERENCE_WIDTH]]
-        near = min(predicted / best_rate, best_rate / predicted)
+        near = round(min(predicted / best_rate, best_rate / predicted), 6)  # a factor of two is one
         rows.append(
             Row(
                 f"width {width}: rate predicted from width {REFERENCE_WIDTH}",

@@ -195,15 +195,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if finished is not None and _is_exported(folder, finished["sha256"]):
             return finished
         images = open_images(train_corpus, directory=config.data.cache_path, most_gib=config.data.cache_gib)
+        measured_on = "held-out"
+        try:
+            held_out = config.data.open("validation", beside=train_corpus)
+            held_out_images = open_images(held_out, directory=config.data.cache_path, most_gib=config.data.cache_gib)
+            validation_images = np.array(held_out_images[:_MEASURED_IMAGES])
+        except UserError:  # a handful of images leaves none to hold out
+            validation_images, measured_on = np.asarray(images[:_MEASURED_IMAGES]), "training"
     if isinstance(images, np.memmap) and images.nbytes <= _HELD_IN_MEMORY_BYTES:
         images = np.array(images)  # pages of a mapped file may be dropped and read again at every epoch
-    measured_on = "held-out"
-    try:
-        held_out = config.data.open("validation")
-        held_out_images = open_images(held_out, directory=config.data.cache_path, most_gib=config.data.cache_gib)
-        validation_images = np.array(held_out_images[:_MEASURED_IMAGES])
-    except UserError:  # a handful of images leaves none to hold out
-        validation_images, measured_on = np.asarray(images[:_MEASURED_IMAGES]), "training"
     torch.manual_seed(config.trainer.seed)
     model = DiscreteVAE(config.model)
     if begins_with is not None:

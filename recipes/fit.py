@@ -50,6 +50,7 @@ from tessera.model_folder import INDEX_FILE, ModelFolder, write_card, write_samp
 from tessera.one_line_parser import OneLineParser
 from tessera.precision import describe_hardware, resolve_device, resolve_precision, versions
 from tessera.progress import counting
+from tessera.training.processes import refuse_several
 from tessera.training.run import TrainerConfig
 from transformer.train import train as train_prior
 
@@ -92,6 +93,7 @@ def fit(
         UserError: if the run folder is another request's, or the corpus cannot be used.
         KeyboardInterrupt: after saving; the same call goes on.
     """
+    refuse_several("tessera fit", "train on many GPUs with train-dvae, encode, train-prior and train-scorer")
     run = RunFolder(run_dir)
     if request.init_from is not None:
         check_apart(request.init_from, out, run_dir)

@@ -260,15 +260,15 @@ def train(config: TrainConfig, *, reconstruct: Reconstruct | None = None) -> dic
         if finished is not None and _is_exported(out, finished["sha256"]):
             return finished
         images = open_images(corpus, directory=config.data.cache_path, most_gib=config.data.cache_gib)
-    captions = [corpus.captions(index) for index in range(len(corpus))]  # files that failed have got a substitute
-    try:
-        held_out = config.data.open("validation")
-        held_images = open_images(held_out, directory=config.data.cache_path, most_gib=config.data.cache_gib)[
-            :_MEASURED_PAIRS
-        ]
-        validation = np.asarray(held_images), [held_out.captions(index) for index in range(len(held_images))]
-    except UserError:  # a handful of images leaves none to hold out
-        validation = None
+        captions = [corpus.captions(index) for index in range(len(corpus))]  # files that failed have got a substitute
+        try:
+            held_out = config.data.open("validation", beside=corpus)
+            held_images = open_images(held_out, directory=config.data.cache_path, most_gib=config.data.cache_gib)[
+                :_MEASURED_PAIRS
+            ]
+            validation = np.asarray(held_images), [held_out.captions(index) for index in range(len(held_images))]
+        except UserError:  # a handful of images leaves none to hold out
+            validation = None
     result = train_scorer(
         images,
         captions,

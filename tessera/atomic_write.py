@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         The path to write to; the block must have closed it when it ends.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Machines that share a file system may have processes of the same number.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     temporary.touch()
     permissions = temporary.stat().st_mode  # those of the user's umask; some writers make files of their own, private
     try:

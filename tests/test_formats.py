@@ -11,6 +11,7 @@ import pytest
 
 from sampling.pipeline import Pipeline
 from tessera.data import shards
+from tessera.data.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifest
 from tessera.data.shards import TokenShards
 from tessera.errors import UserError
 from tessera.model_folder import FORMAT_VERSION, ModelFolder
@@ -50,12 +51,13 @@ def test_every_format_of_today_has_a_fixture() -> None:
         ("model", FORMAT_VERSION),
         ("shards", shards.FORMAT_VERSION),
         ("checkpoint", checkpoint.FORMAT_VERSION),
+        ("manifest", MANIFEST_VERSION),
     ):
         assert FORMATS / f"{kind}-{version}" in fixtures(kind), "see tests/fixtures/make_formats.py"
 
 
 def test_the_fixtures_are_small() -> None:
-    for kind in ("model", "shards", "checkpoint"):
+    for kind in ("model", "shards", "checkpoint", "manifest"):
         for fixture in fixtures(kind):
             num_bytes = sum(file.stat().st_size for file in fixture.rglob("*") if file.is_file())
             assert num_bytes <= 300 * 2**10, fixture.name  # of which a tokenizer takes 246: its normalization table
@@ -94,6 +96,18 @@ def test_training_goes_on_from_a_checkpoint_as_it_did(fixture: Path, tmp_path: P
     assert losses == pytest.approx(expected(fixture)["losses"], rel=1e-4)
 
 
+@pytest.mark.parametrize("fixture", fixtures("manifest"), ids=by_name)
+def test_a_manifest_says_what_it_said(fixture: Path, tmp_path: Path) -> None:
+    then = expected(fixture)
+    folder = shutil.copytree(fixture, tmp_path / "manifest")  # where the index is made again
+    manifest = Manifest.read(folder / MANIFEST_NAME)
+    assert manifest.summary() == then["summary"] and manifest.header.content == then["content"]
+    assert [record.location.name for record in manifest.records] == then["names"]
+    assert [list(record.captions) for record in manifest.records] == then["captions"]
+    assert manifest.of_split("validation").tolist() == then["validation"]
+    assert [list(refusal) for refusal in (*manifest.rejects, *manifest.duplicates)] == then["refused"]
+
+
 def test_a_model_of_a_later_format_is_refused_in_one_line(tmp_path: Path) -> None:
     folder = shutil.copytree(FORMATS / f"model-{FORMAT_VERSION}", tmp_path / "model")
     index = read_yaml(folder / "tessera.yaml")
@@ -109,6 +123,18 @@ def test_token_shards_of_a_later_format_are_refused_in_one_line(tmp_path: Path) 
     (folder / "index.json").write_text(json.dumps({**index, "format_version": version + 1, "a_new_field": 1}))
     with pytest.raises(UserError, match=rf"^.*/index\.json has format version {version + 1}; .* reads {version}: .*$"):
         TokenShards(folder)
+
+
+def test_a_manifest_of_a_later_format_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = shutil.copytree(FORMATS / f"manifest-{MANIFEST_VERSION}", tmp_path / "manifest")
+    path = folder / MANIFEST_NAME
+    header, _, rest = path.read_text().partition("\n")
+    later = {**json.loads(header), "tessera_manifest": MANIFEST_VERSION + 1, "a_new_field": 1}
+    path.write_text(json.dumps(later) + "\n" + rest)
+    with pytest.raises(
+        UserError, match=rf"^.*{MANIFEST_NAME} is a manifest of version {MANIFEST_VERSION + 1}, .*newer.*$"
+    ):
+        Manifest.read(path)
 
 
 def test_a_checkpoint_of_a_later_format_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

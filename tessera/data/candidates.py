@@ -6,6 +6,8 @@ a million images takes no more memory than one of ten.
 
 from typing import NamedTuple
 
+NO_IMAGE_FOR_CAPTION = "no image for caption"
+
 
 class Location(NamedTuple):
     """Where the bytes of one image file lie."""

@@ -15,6 +15,7 @@ CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 MAX_CHARACTERS = 1_000
 MAX_FILE_BYTES = 2**20
 
+NOT_UTF_8 = "damaged: text that is not UTF-8"
 NOTE_CUT = f"caption cut at {MAX_CHARACTERS:,} characters"
 NOTE_CLEANED = "control characters or lone surrogates removed from a caption"
 NOTE_LATIN_1 = "text file is not UTF-8: read as Latin-1"
@@ -79,13 +80,9 @@ def parse_caption_file(content: bytes) -> CaptionFile:
         notes.append(NOTE_LONG_FILE)
     text, decoding_notes = decode_text(content)
     notes += decoding_notes
-    captions: dict[str, None] = {}  # a set that keeps its order
-    for line in text.splitlines():
-        cleaned = clean_and_note(line)
-        notes += cleaned.notes
-        if cleaned.text:
-            captions[cleaned.text] = None
-    return CaptionFile(tuple(captions) or ("",), tuple(notes))
+    cleaned = [clean_and_note(line) for line in text.splitlines()]
+    notes += [note for caption in cleaned for note in caption.notes]
+    return CaptionFile(join_captions(caption.text for caption in cleaned) or ("",), tuple(notes))
 
 
 def row_captions(row: Mapping[str, Any]) -> list[str]:
@@ -113,6 +110,16 @@ def captions_of(value: Any) -> tuple[str, ...]:
     return tuple(caption for caption in value if isinstance(caption, str)) if isinstance(value, list) else ()
 
 
+def rows_of(batch: Any) -> list[dict[str, Any] | str]:
+    """The rows of a batch of Arrow, or in the place of a row what is wrong with it: text that is not UTF-8."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [NOT_UTF_8]
+        return [row for number in range(batch.num_rows) for row in rows_of(batch.slice(number, 1))]
+
+
 def caption_columns(names: Iterable[str]) -> list[str]:
     """Those columns of a table, as they are spelled, in which `row_captions` looks."""
     return [name for name in names if name.strip().lower() in CAPTION_COLUMNS]
@@ -128,11 +135,14 @@ def clean_captions(captions: Iterable[str], notes: Counter[str]) -> tuple[str, .
     Returns:
         At least one caption, which is empty if all are; () only if there were none.
     """
-    kept: dict[str, None] = {}  # a set that keeps its order
-    for caption in captions:
-        cleaned = clean_and_note(caption)
-        notes.update(cleaned.notes)
-        kept[cleaned.text] = None
+    cleaned = [clean_and_note(caption) for caption in captions]
+    notes.update(note for caption in cleaned for note in caption.notes)
+    return join_captions(caption.text for caption in cleaned)
+
+
+def join_captions(captions: Iterable[str]) -> tuple[str, ...]:
+    """Clean captions of one image from several places: each once, and an empty one only if there is no other."""
+    kept = dict.fromkeys(captions)  # a set that keeps its order
     if len(kept) > 1:
         kept.pop("", None)
     return tuple(kept)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tessera.data.corpus import Corpus, open_corpus
+from tessera.data.corpus import Corpus, ManifestCorpus, open_corpus
 from tessera.errors import UserError
 
 
@@ -25,7 +25,8 @@ class DataConfig:
     cache_dir: str | None = None
     """where manifests, rejects and decoded pictures are kept between runs; null keeps them for one run only"""
     cache_gib: float = 64.0
-    """most GiB that all decoded pictures may take as one array; those of a larger corpus are decoded when needed"""
+    """most GiB that all decoded pictures may take as one array on the disk; those of a larger corpus are decoded when
+    needed. Without cache_dir, where the array is in memory, also no more than a quarter of that"""
 
     def __post_init__(self) -> None:
         if min(self.image_size) < 8:
@@ -41,8 +42,12 @@ class DataConfig:
         """`cache_dir` as a path."""
         return Path(self.cache_dir).expanduser() if self.cache_dir else None
 
-    def open(self, split: Literal["train", "validation"]) -> Corpus:
+    def open(self, split: Literal["train", "validation"], *, beside: Corpus | None = None) -> Corpus:
         """The corpus of one split.
+
+        Args:
+            split: "train", or "validation" for pictures that are never trained on.
+            beside: the other split, if it is open: image files are not looked at again then.
 
         Raises:
             UserError: if there is none, or nothing in it can be used.
@@ -50,6 +55,8 @@ class DataConfig:
         limit = self.limit
         if split == "validation" and limit is not None:
             limit = max(1, limit // 20)
+        if isinstance(beside, ManifestCorpus):
+            return ManifestCorpus(beside.manifest, image_size=self.image_size, split=split, limit=limit)
         return open_corpus(
             self.path,
             image_size=self.image_size,

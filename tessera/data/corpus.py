@@ -1,6 +1,7 @@
 """Corpora: numbered pictures with captions, whether they are drawn, rendered from a font, or read from files."""
 
 import math
+import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
@@ -19,7 +20,7 @@ from tessera.data.reading import HUB_PREFIX
 from tessera.data.source import EXPECTED
 from tessera.data.views import Views, cut_views
 from tessera.errors import UserError
-from tessera.precision import usable_cores
+from tessera.precision import usable_cores, usable_memory_bytes
 
 NUM_SCENES = {"train": 20_000, "validation": 1_000}
 _BATCH = 256
@@ -147,14 +148,19 @@ def open_images(
     Args:
         corpus: any corpus.
         directory: see `load_images`.
-        most_gib: GiB (2^30 bytes) that the array may take, in memory or on the disk of `directory`.
+        most_gib: GiB (2^30 bytes) that the array may take on the disk of `directory`; without a directory also no more
+            than a quarter of the memory, for all processes of this machine together.
         on_progress: see `load_images`.
 
     Returns:
         uint8 [N, height, width, 3], RGB; both kinds have `shape` and `dtype` and take a list of rows.
     """
     images = LazyImages(corpus)
-    if math.prod(images.shape) > most_gib * 2**30:
+    most_bytes = most_gib * 2**30
+    if directory is None:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
+        most_bytes = min(most_bytes, usable_memory_bytes() / 4 / processes)
+    if math.prod(images.shape) > most_bytes:
         return images
     return load_images(corpus, directory=directory, on_progress=on_progress)
 

@@ -22,6 +22,7 @@ from tessera.atomic_write import atomic_write
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 IMAGE_SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+UNSUPPORTED_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".ico", ".tga", ".exr", ".dng")
 MIN_SIDE_PIXELS = 8
 MAX_PIXELS = 50_000_000
 MAX_FILE_BYTES = 512 * 2**20

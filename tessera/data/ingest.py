@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -54,7 +54,10 @@ def ingest(
             return _with_records(Manifest.read(Path(spec)), spec)
     source = find_source(spec)
     if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{directory} cannot be made a folder for the manifest: {error.strerror}") from error
         return _with_records(_known(directory, source) or _make(directory, source, on_progress), spec)
     temporary = Path(tempfile.mkdtemp(prefix="tessera-manifest-"))
     try:
@@ -81,7 +84,7 @@ def _make(directory: Path, source: Source, on_progress: OnProgress | None) -> Ma
             return known
         notes: Counter[str] = Counter()
         with ManifestWriter(directory, listing=source.listing) as writer:
-            left = itertools.islice(source.read(notes), writer.num_seen, None)
+            left = _behind(writer, source, notes)
             threads = usable_cores()
             outcomes = read_ahead(
                 lambda item: _check(source.root, item), left, threads=threads, most_ahead=_MOST_AHEAD * threads
@@ -96,6 +99,23 @@ def _make(directory: Path, source: Source, on_progress: OnProgress | None) -> Ma
                 on_progress(writer.num_seen, writer.num_seen)
             writer.finish(name=source.name, root=source.root, notes=notes)
         return Manifest.read(directory / MANIFEST_NAME)
+
+
+def _behind(writer: ManifestWriter, source: Source, notes: Counter[str]) -> Iterator[Candidate | Reject]:
+    """What comes after the outcomes of an earlier ingest; everything if those do not end where they should."""
+    items = source.read(notes)
+    if not writer.num_seen:
+        return items
+    last = next(itertools.islice(items, writer.num_seen - 1, None), None)
+    if last is not None and _name(last) == writer.last_source:
+        return items
+    writer.start_over()
+    notes.clear()
+    return source.read(notes)
+
+
+def _name(item: Candidate | Reject) -> str:
+    return item.source if isinstance(item, Reject) else item.location.name
 
 
 def _check(root: Path, item: Candidate | Reject) -> Record | Reject:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tessera.data.images import ImageError
-from tessera.data.ingest import OnProgress, ingest
+from tessera.data.ingest import OnProgress, ingest, is_manifest
 from tessera.data.manifest import MANIFEST_NAME, REJECTS_NAME, Manifest, Record
 from tessera.data.read_ahead import read_ahead
 from tessera.data.reading import read_bytes
@@ -57,6 +57,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _ingest(arguments: argparse.Namespace) -> int:
+    if arguments.path is not None and is_manifest(Path(arguments.path).expanduser()):
+        raise UserError(f"{arguments.path} is a manifest already: train on it, or verify it with --check")
     if arguments.path is None or arguments.out is None:
         raise UserError("expected PATH and --out DIR; see `tessera ingest --help`")
     with counting("checking images") as on_progress:
@@ -84,17 +86,15 @@ def _check(arguments: argparse.Namespace) -> int:
     if not path.is_file():
         raise UserError(f"{path} does not exist: make it with `tessera ingest PATH --out DIR`")
     manifest = Manifest.read(path)
-    found = []
     with counting("comparing images") as on_progress:
-        for difference in compare(manifest, on_progress):
-            found.append(difference)
-            if not arguments.json:
-                print(f"{difference.name}: {difference.problem}")
+        found = list(compare(manifest, on_progress))
     changed = [difference.name for difference in found if difference.problem == "changed"]
     missing = [difference.name for difference in found if difference.problem != "changed"]
     if arguments.json:
         print(json.dumps({"images": len(manifest.records), "changed": changed, "missing": missing}))
     else:
+        for difference in found:
+            print(f"{difference.name}: {difference.problem}")
         same = len(manifest.records) - len(found)
         print(f"compared {len(manifest.records)} = unchanged {same} + changed {len(changed)} + missing {len(missing)}")
     return EXIT_USER_ERROR if found else 0

@@ -1,5 +1,6 @@
 """Batches in keyed order: the same stream whatever the number of workers, and from any step on."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -86,9 +87,15 @@ class KeyedLoader:
             batch_size=None,
             num_workers=self.num_workers,
             prefetch_factor=4,
+            worker_init_fn=_leave_interrupts_to_training,
             generator=torch.Generator(),  # or beginning would draw from the generator that training draws from
         )
         yield from loader
+
+
+def _leave_interrupts_to_training(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal: the one that trains finishes its step and saves, with these alive."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _PartSampler(Sampler[list[SampleKey]]):

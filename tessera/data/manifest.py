@@ -250,7 +250,10 @@ class Manifest:
 
 
 def split_key(sha256: str) -> float:
-    """A number in [0, 1) that only depends on the image's bytes: adding images never moves others between splits."""
+    """A number in [0, 1) that only depends on the image's bytes, so that images hold their split when others come.
+
+    But for those that are for validation only because a small data set has none else: see `ManifestWriter.finish`.
+    """
     digest = hashlib.blake2b(sha256.encode(), key=b"tessera split", digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
@@ -277,7 +280,13 @@ def _read_header(path: Path) -> Header:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(fields, dict) or fields.get("tessera_manifest") != MANIFEST_VERSION:
+    version = fields.get("tessera_manifest") if isinstance(fields, dict) else None
+    if isinstance(version, int) and version > MANIFEST_VERSION:
+        raise UserError(
+            f"{path} is a manifest of version {version}, this tessera reads {MANIFEST_VERSION}: take a newer tessera, "
+            f"or {_AGAIN}"
+        )
+    if version != MANIFEST_VERSION:
         raise UserError(f"{path} is not a manifest of version {MANIFEST_VERSION}: {_AGAIN}")
     wanted = get_type_hints(Header)
     if fields.keys() != wanted.keys() or not all(

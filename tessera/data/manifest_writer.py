@@ -1,10 +1,12 @@
 """Writing a manifest: outcomes come one by one and wait in a journal, so that an interrupted ingest goes on.
 
 Only the end knows the counts, and which images are for validation; then the journal becomes the three files of
-`tessera.data.manifest`. In memory are 16 bytes of a hash, a place and a split key of every image that was kept.
+`tessera.data.manifest`. In memory is a dict by which duplicates are found: from the first 16 bytes of the hash of every
+image that was kept to its place in the journal, some 150 bytes an image as Python stores them.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 from array import array
@@ -51,11 +53,8 @@ class ManifestWriter:
 
     def __init__(self, directory: Path, *, listing: str) -> None:
         self.directory, self.listing = directory, listing
-        self.num_kept = self.num_duplicate = 0
-        self.reasons: Counter[str] = Counter()
-        self._lowest_key = 1.0
-        self._places: dict[bytes, int] = {}  # of a record's line in the journal, by the beginning of its hash
         self._resources = contextlib.ExitStack()
+        self._forget()
 
     @property
     def num_seen(self) -> int:
@@ -87,10 +86,22 @@ class ManifestWriter:
         self._journal.write(line)
         self._end += len(line)
 
+    def start_over(self) -> None:
+        """Throws away all outcomes so far, where they turn out to be those of another source."""
+        self._forget()
+        self._journal.seek(0)
+        self._journal.truncate()
+        self._journal.write(self._first_line())
+
     def finish(self, *, name: str, root: Path, notes: Mapping[str, int]) -> None:
-        """Writes the manifest; its files appear whole or not at all."""
+        """Writes the manifest; its files appear whole or not at all.
+
+        Images whose split key is at most 0.05 are for validation, or where no key is, the one of the lowest key; fewer
+        than ten images are all trained on. Images that are added later can move others only where one of the two
+        exceptions holds no longer.
+        """
         self._journal.flush()
-        limit = -1.0 if self.num_kept < MIN_FOR_VALIDATION else max(VALIDATION_SHARE, self._lowest_key)  # at least one
+        limit = -1.0 if self.num_kept < MIN_FOR_VALIDATION else max(VALIDATION_SHARE, self._lowest_key)
         offsets, keys, splits = array("q"), array("d"), bytearray()
         content = ContentDigest()
 
@@ -132,8 +143,7 @@ class ManifestWriter:
 
     def _recover(self) -> None:
         """Counts what an earlier ingest of the same source has found, and cuts off what it left incomplete."""
-        first = json.dumps({"tessera_manifest": MANIFEST_VERSION, "listing": self.listing}).encode() + b"\n"
-        self._end = len(first)
+        first = self._first_line()
         if self._journal.readline(len(first)) == first:
             for line in self._journal:
                 row = _parse(line)
@@ -144,11 +154,21 @@ class ManifestWriter:
             self._journal.seek(self._end)
             self._journal.truncate()
         else:
-            self._journal.seek(0)
-            self._journal.truncate()
-            self._journal.write(first)
+            self.start_over()
+
+    def _forget(self) -> None:
+        self.num_kept = self.num_duplicate = 0
+        self.reasons: Counter[str] = Counter()
+        self.last_source: str | None = None
+        self._lowest_key = 1.0
+        self._places: dict[bytes, int] = {}  # of a record's line in the journal, by the beginning of its hash
+        self._end = len(self._first_line())
+
+    def _first_line(self) -> bytes:
+        return json.dumps({"tessera_manifest": MANIFEST_VERSION, "listing": self.listing}).encode() + b"\n"
 
     def _count(self, row: Mapping[str, Any], place: int) -> None:
+        self.last_source = _source_of(row)
         if "kind" not in row:
             self.num_kept += 1
             self._places[_beginning(row["sha256"])] = place
@@ -179,11 +199,6 @@ class ManifestWriter:
 @contextlib.contextmanager
 def alone_in(directory: Path) -> Iterator[None]:
     """Waits until no other process ingests into a folder; without locks in the file system, nobody waits."""
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -201,6 +216,14 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     is_refusal = isinstance(row, dict) and row.keys() == {"kind", "source", "reason"}
     return row if line.endswith(b"\n") and (is_refusal or Record.of_row(row) is not None) else None
+
+
+def _source_of(row: Mapping[str, Any]) -> str:
+    if "kind" in row:
+        return row["source"]
+    record = Record.of_row(row)
+    assert record is not None
+    return record.location.name
 
 
 def _beginning(sha256: str) -> bytes:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,7 +14,7 @@ from tessera.data.images import IMAGE_SUFFIXES
 from tessera.data.layouts.caption_table import one_per_image
 from tessera.data.layouts.coco import is_coco, read_coco
 from tessera.data.layouts.folder import NO_CAPTION, files_below, listing_of, read_folder, survey_folder
-from tessera.data.layouts.hugging_face import read_dataset
+from tessera.data.layouts.hugging_face import dataset_fingerprint, read_dataset
 from tessera.data.layouts.metadata import METADATA_SUFFIXES, read_metadata
 from tessera.data.layouts.parquet import has_images, read_parquet
 from tessera.data.layouts.tar import read_tar
@@ -26,6 +27,7 @@ EXPECTED = (
 )
 
 Notes = Counter[str]
+ReadTable = Callable[[Path, str, Notes], Iterator[Candidate | Reject]]
 
 
 class Source(NamedTuple):
@@ -35,7 +37,7 @@ class Source(NamedTuple):
     root: Path
     """resolved; what is read lies below it"""
     listing: str
-    """sha256 over names, sizes and times: equal listings, equal images"""
+    """sha256 over names, sizes and times, or the fingerprint of a data set on the hub: equal listings, equal images"""
     num_images: int | None
     """at most so many candidates; None where nobody knows before they have been read"""
     read: Callable[[Notes], Iterator[Candidate | Reject]]
@@ -49,7 +51,7 @@ def find_source(path: str) -> Source:
         path: a folder, a file, or "hf:NAME_OR_PATH[:SPLIT]".
 
     Raises:
-        UserError: nothing is there, or nothing that could hold images.
+        UserError: nothing is there, or nothing that could hold images; or the data set cannot be loaded.
     """
     if path.startswith(HUB_PREFIX):
         return _hub_source(path)
@@ -80,17 +82,23 @@ def _file_source(path: Path) -> Source:
     if suffix == ".parquet" and has_images(path):
         return Source(root.name, root, _listing(root, [name]), None, partial(read_parquet, root, name))
     if suffix == ".json" and is_coco(path):
-        source = _table_source(root, name, read_coco)
         # Annotations usually lie in a folder of their own beside those of the images.
-        return source if source.num_images else _table_source(root.parent, f"{root.name}/{name}", read_coco)
+        images, own = _images_of(root.parent, posixpath.join(root.name, name), read_coco), posixpath.join(root.name, "")
+        if images and all(image.startswith(own) for image in images):
+            return _table_source(root, name, read_coco, [image.removeprefix(own) for image in images])
+        return _table_source(root.parent, posixpath.join(root.name, name), read_coco, images)
     if suffix in METADATA_SUFFIXES:
-        return _table_source(root, name, read_metadata)
+        return _table_source(root, name, read_metadata, _images_of(root, name, read_metadata))
     raise UserError(f"{path} is not {EXPECTED}")
 
 
-def _table_source(root: Path, name: str, read: Callable[[Path, str, Notes], Iterator[Candidate | Reject]]) -> Source:
+def _images_of(root: Path, name: str, read: ReadTable) -> list[str]:
+    items = read(root, name, Counter())
+    return list(dict.fromkeys(item.location.file for item in items if isinstance(item, Candidate)))
+
+
+def _table_source(root: Path, name: str, read: ReadTable, images: list[str]) -> Source:
     """A file that names images elsewhere: theirs are the sizes and times that count."""
-    images = dict.fromkeys(item.location.file for item in read(root, name, Counter()) if isinstance(item, Candidate))
 
     def joined(notes: Notes) -> Iterator[Candidate | Reject]:
         return one_per_image(read(root, name, notes), no_caption=NO_CAPTION)
@@ -99,11 +107,11 @@ def _table_source(root: Path, name: str, read: Callable[[Path, str, Notes], Iter
 
 
 def _hub_source(spec: str) -> Source:
-    # Of a data set on the hub the name alone is known; bytes that have changed since are found by their hash.
-    name = spec.removeprefix(HUB_PREFIX)
+    name = os.path.expanduser(spec.removeprefix(HUB_PREFIX))
+    spec = f"{HUB_PREFIX}{name}"
     folder = next((Path(place) for place in (name, name.rpartition(":")[0]) if place and Path(place).is_dir()), None)
-    files = listing_of(folder, files_below(folder)) if folder else ""
-    listing = hashlib.sha256(f"{spec}\0{files}".encode("utf-8", "surrogatepass")).hexdigest()
+    state = listing_of(folder, files_below(folder)) if folder else dataset_fingerprint(spec)
+    listing = hashlib.sha256(f"{spec}\0{state}".encode("utf-8", "surrogatepass")).hexdigest()
     return Source(Path(name).name, Path(os.sep), listing, None, partial(read_dataset, spec))
 
 

@@ -83,8 +83,8 @@ class HorizonAveraging(Callback):
         self._swap(pl_module)
 
     @torch.no_grad()
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._put(pl_module)
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._put(pl_module)  # after the last checkpoint, which holds both
 
     @torch.no_grad()
     def put_restored(self, pl_module: pl.LightningModule) -> None:

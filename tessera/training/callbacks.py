@@ -188,10 +188,14 @@ class Saver(Callback):
             self.save(trainer)
         if interrupted:
             self.interrupted = True
+            trainer.limit_val_batches = 0  # or Lightning would validate before it stops
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_handlers()
+        # It may have come during the last validation, to one of several processes.
+        self.interrupted = bool(largest(self.interrupted)[0])
+        self.save(trainer)  # what comes after training may fail, too
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore_handlers()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tessera.errors import UserError
 from tessera.training.callbacks import Saver
-from tessera.training.processes import whole
+from tessera.training.processes import is_first, whole
 
 # The mean of norms spans 1 / (1 - decay) = 50 steps, and is not compared with before it has seen as many.
 _DECAY, _LEAST_STEPS = 0.98, 50
@@ -120,7 +120,7 @@ class GradientGuard(Callback):
             self.spikes += 1
             if self.skip_spikes:
                 reason = spike
-            else:
+            elif is_first():
                 _logger.warning("step %d: %s (%d such steps so far)", trainer.global_step + 1, spike, self.spikes)
         if reason is None:
             self.in_a_row = 0
@@ -128,7 +128,9 @@ class GradientGuard(Callback):
             optimizer.zero_grad(set_to_none=True)
             self.skipped += 1
             self.in_a_row += 1
-            _logger.warning("step %d skipped: %s (%d skipped so far)", trainer.global_step + 1, reason, self.skipped)
+            if is_first():
+                step = trainer.global_step + 1
+                _logger.warning("step %d skipped: %s (%d skipped so far)", step, reason, self.skipped)
         # what a run counted before it was resumed is told again, or its last metrics would not have it
         if (self.skipped, self.spikes) != counted or (any(counted) and not self._has_told):
             self._has_told = True

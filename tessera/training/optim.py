@@ -35,7 +35,7 @@ class OptimizerConfig:
     hidden: Literal["muon", "adamw"] = "muon"
     """what updates the weights of hidden layers; all other parameters are updated by adamw"""
     learning_rate: float = 3e-3
-    """peak learning rate"""
+    """peak learning rate; the best one falls about with the square root of the width"""
     momentum: float = 0.95
     """muon: decay of the gradient's running mean"""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -20,6 +20,8 @@ from tessera.errors import UserError
 
 ValueT = TypeVar("ValueT")
 
+_FAILED = "the first process has failed"
+
 # The first process may ingest a corpus or decode all its pictures while the others wait.
 _TIMEOUT = timedelta(hours=12)
 
@@ -49,6 +51,36 @@ class Processes(NamedTuple):
         return self.world_size // self.per_node
 
 
+def read_environment() -> Processes:
+    """What the launcher says of itself; nothing is connected.
+
+    Raises:
+        UserError: if SLURM spreads its tasks unevenly.
+    """
+    environment: ClusterEnvironment
+    if TorchElasticEnvironment.detect():
+        environment = TorchElasticEnvironment()
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", environment.world_size()))
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # by srun, and not in a line beside it
+        tasks, nodes = os.environ["SLURM_NTASKS"], os.environ.get("SLURM_NNODES", "1")
+        per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE", "0"))
+        if per_node * int(nodes) != int(tasks):
+            raise UserError(
+                f"SLURM gives {tasks} tasks to {nodes} nodes: every node needs as many, say so with --ntasks-per-node"
+            )
+        # A job that is stopped saves at SIGTERM and goes on when its command runs again: see docs/training.md.
+        environment = SLURMEnvironment(auto_requeue=False)
+    else:
+        return Processes()
+    return Processes(
+        rank=environment.global_rank(),
+        world_size=environment.world_size(),
+        local_rank=environment.local_rank(),
+        per_node=per_node,
+        environment=environment,
+    )
+
+
 def join(device: str) -> Processes:
     """Finds out who trains together, and connects them if they are several; further calls do nothing more.
 
@@ -58,7 +90,7 @@ def join(device: str) -> Processes:
     Raises:
         UserError: if a device is named that all processes of a machine would share.
     """
-    processes = _read_environment()
+    processes = read_environment()
     if processes.world_size == 1:
         return processes
     if device.startswith("cuda:"):
@@ -88,18 +120,48 @@ def join(device: str) -> Processes:
 
 @contextlib.contextmanager
 def first_goes_ahead() -> Iterator[None]:
-    """Lets the first process through while the others wait, then them: they find what it has written."""
-    is_first = not _are_several() or distributed.get_rank() == 0
-    if not is_first:
-        distributed.barrier()
-    yield
-    if is_first and _are_several():
-        distributed.barrier()
+    """Lets the first process through while the others wait, then them: they find what it has written.
+
+    Every process must come here. A mistake of the user's that the first one finds ends all of them, and is told once.
+    """
+    if not _are_several():
+        yield
+    elif distributed.get_rank() == 0:
+        try:
+            yield
+        except UserError:
+            gather(True)
+            raise
+        gather(False)
+    else:
+        if gather(False)[0]:
+            raise SystemExit(2)
+        yield
 
 
 def on_first(function: Callable[[], ValueT]) -> ValueT:
-    """Calls a function in the first process and gives its result to all of them."""
-    return gather(function() if is_first() else None)[0]
+    """Calls a function in the first process and gives its result to all of them, each of which must come here.
+
+    A mistake of the user's that it finds ends all of them, and is told once.
+    """
+    value = None
+    if is_first():
+        try:
+            value = function()
+        except UserError:
+            gather(_FAILED)
+            raise
+    first = gather(value)[0]
+    if first == _FAILED:
+        raise SystemExit(2)
+    return first
+
+
+def refuse_several(what: str, instead: str) -> None:
+    """Raises UserError if a launcher has started several processes of something that is for one."""
+    count = read_environment().world_size
+    if count > 1:
+        raise UserError(f"{what} is for one process and was started in {count}: {instead}")
 
 
 def is_first() -> bool:
@@ -108,7 +170,7 @@ def is_first() -> bool:
 
 
 def largest(*values: float) -> tuple[float, ...]:
-    """The largest that any process has, of each value; in one process the values themselves."""
+    """The largest that any process has, of each value; in one process the values themselves. Each must ask for it."""
     if not _are_several():
         return values
     shared = torch.tensor(values, dtype=torch.float64)
@@ -117,7 +179,7 @@ def largest(*values: float) -> tuple[float, ...]:
 
 
 def gather(value: Any) -> list[Any]:
-    """What each process has, in the order of ranks."""
+    """What each process has, in the order of ranks; each must bring something."""
     if not _are_several():
         return [value]
     values: list[Any] = [None] * distributed.get_world_size()
@@ -126,10 +188,11 @@ def gather(value: Any) -> list[Any]:
 
 
 def join_rows(tensor: Tensor) -> Tensor:
-    """The rows of all processes in the order of ranks, for a loss that compares every row with every other.
+    """The rows [n, ...] of all processes as [world size x n, ...], for a loss that compares every row with every other.
 
-    All processes then compute the same loss. Each knows the gradient of its own rows alone, and makes up for the mean
-    over processes that is taken of it afterwards.
+    Every process must bring equally many, and gets them in the order of ranks. All processes then compute the same
+    loss. Each knows the gradient of its own rows alone, and makes up for the mean over processes that is taken of it
+    afterwards.
     """
     if not _are_several():
         return tensor
@@ -163,38 +226,14 @@ def part_here(tensor: Tensor) -> Tensor:
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor, the same in all processes, in parts like a parameter's, or as it is where that has none."""
     if isinstance(parameter, DTensor):
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+        # without a source: every process has the tensor, and cuts its part out of it
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return tensor
 
 
 def whole_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """A state dict whose tensors are whole, in every process."""
     return {name: whole(tensor) for name, tensor in module.state_dict().items()}
-
-
-def _read_environment() -> Processes:
-    environment: ClusterEnvironment
-    if TorchElasticEnvironment.detect():
-        environment = TorchElasticEnvironment()
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", environment.world_size()))
-    elif SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) > 1:
-        tasks, nodes = os.environ["SLURM_NTASKS"], os.environ.get("SLURM_NNODES", "1")
-        per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE", "0"))
-        if per_node * int(nodes) != int(tasks):
-            raise UserError(
-                f"SLURM gives {tasks} tasks to {nodes} nodes: every node needs as many, say so with --ntasks-per-node"
-            )
-        # A job that is stopped saves at SIGTERM and goes on when its command runs again: see docs/training.md.
-        environment = SLURMEnvironment(auto_requeue=False)
-    else:
-        return Processes()
-    return Processes(
-        rank=environment.global_rank(),
-        world_size=environment.world_size(),
-        local_rank=environment.local_rank(),
-        per_node=per_node,
-        environment=environment,
-    )
 
 
 def _are_several() -> bool:

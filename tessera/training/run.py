@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -27,7 +28,7 @@ from tessera.training.guard import GradientGuard
 from tessera.training.memory import reuse_freed_memory
 from tessera.training.metrics import METRICS_DIR, metrics_version
 from tessera.training.optim import OptimizerConfig
-from tessera.training.processes import Processes, gather, is_first, join
+from tessera.training.processes import Processes, join, on_first
 from tessera.training.progress import ProgressLine
 
 
@@ -78,9 +79,20 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if self.stop_after_skipped < 0:
             raise UserError(f"trainer.stop_after_skipped must be at least 0; got {self.stop_after_skipped}")
-        for name in ("max_steps", "batch_size", "accumulate"):
+        for name in ("max_steps", "batch_size", "accumulate", "log_every_steps", "validate_every_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name} must be at least 1; got {getattr(self, name)}")
+        if self.num_workers < 0 or self.checkpoint_every_seconds < 0:
+            raise UserError(
+                "trainer.num_workers and trainer.checkpoint_every_seconds must be at least 0; got "
+                f"{self.num_workers} and {self.checkpoint_every_seconds}"
+            )
+        if self.checkpoint_every_steps is not None and self.checkpoint_every_steps < 1:
+            raise UserError(
+                f"trainer.checkpoint_every_steps must be at least 1, or null; got {self.checkpoint_every_steps}"
+            )
+        if self.budget_seconds is not None and not self.budget_seconds > 0:
+            raise UserError(f"trainer.budget_seconds must be positive, or null for no limit; got {self.budget_seconds}")
         if not self.spike_factor > 1:
             raise UserError(f"trainer.spike_factor must be above 1; got {self.spike_factor}")
 
@@ -193,7 +205,8 @@ def run_training(
             ],
             plugins=[
                 AtomicCheckpointIO(known_whole=resume_from),
-                *([processes.environment] if processes.environment else []),
+                # one process is alone even inside a job of many
+                processes.environment or LightningEnvironment(),
             ],
             log_every_n_steps=config.log_every_steps,
             val_check_interval=config.validate_every_steps * config.accumulate if validation else None,
@@ -232,8 +245,8 @@ def run_training(
 
 def _newest(directory: Path) -> Path | None:
     """The checkpoint to go on from: looked for by the first process, so that all go on from the same."""
-    found = None
-    if is_first():
+
+    def look() -> Path | None:
         found, damaged = newest_valid(directory)
         for path, reason in damaged:
             logging.getLogger(__name__).warning("checkpoint passed over: %s: %s", path, reason)
@@ -242,7 +255,9 @@ def _newest(directory: Path) -> Path | None:
                 f"no checkpoint in {directory} is as it was saved, the newest is {damaged[0].path.name}: "
                 f"{damaged[0].reason}; delete that folder to start over"
             )
-    return gather(found)[0]
+        return found
+
+    return on_first(look)
 
 
 def _strategy(config: TrainerConfig, processes: Processes, module: pl.LightningModule) -> Strategy | str:

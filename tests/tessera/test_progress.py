@@ -1,3 +1,4 @@
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -27,3 +28,11 @@ def test_what_has_no_known_end_is_told_by_its_rate(
         for done in (1_000, 5_000):
             on_progress(done, None)
     assert capsys.readouterr().err.splitlines() == ["checking images  5,000  200 a second"]
+
+
+def test_a_bar_leaves_the_output_of_a_program_where_it_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which makes a terminal of everything
+    streams = sys.stdout, sys.stderr
+    with counting("checking images") as on_progress:
+        on_progress(1, 2)
+        assert (sys.stdout, sys.stderr) == streams

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Self
 
 from tessera.data.candidates import Candidate, Location, Reject
+from tessera.data.captions import join_captions
 
 
 class CaptionTable:
@@ -41,13 +42,13 @@ class CaptionTable:
                 )
 
     def take(self, image: str) -> tuple[str, ...] | None:
-        """The distinct captions of an image file in the order of their rows, maybe none; None if no row named it."""
+        """The captions of an image file in the order of their rows, joined, maybe none; None if no row named it."""
         key = (_to_bytes(image),)
         rows = self._database.execute("SELECT texts FROM captions WHERE image = ? ORDER BY rowid", key).fetchall()
         if not rows:
             return None
         self._database.execute("UPDATE captions SET taken = 1 WHERE image = ?", key)
-        return tuple(dict.fromkeys(text for (texts,) in rows for text in json.loads(texts)))
+        return join_captions(text for (texts,) in rows for text in json.loads(texts))
 
     def not_taken(self) -> Iterator[str]:
         """Image files that rows named and nobody took, in the order of their first rows."""

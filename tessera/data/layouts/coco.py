@@ -16,12 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tessera.data.candidates import Candidate, Location, Reject
+from tessera.data.candidates import NO_IMAGE_FOR_CAPTION, Candidate, Location, Reject
 from tessera.data.captions import captions_of, clean_captions, decode_text
 from tessera.data.images import ImageError, read_file
 from tessera.data.reading import OUTSIDE, resolve_inside
 
-NO_IMAGE_FOR_CAPTION = "no image for caption"
 NOT_COCO = "not COCO captions: expected an object with lists of images and annotations"
 NOTE_NO_CAPTION = "COCO annotation without caption passed over"
 

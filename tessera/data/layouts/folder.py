@@ -20,9 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from tessera.data.candidates import Candidate, Location, Reject
-from tessera.data.captions import CAPTION_SUFFIXES, captions_of, clean_captions, read_caption_file, row_captions
-from tessera.data.images import IMAGE_SUFFIXES, ImageError, read_file
+from tessera.data.candidates import NO_IMAGE_FOR_CAPTION, Candidate, Location, Reject
+from tessera.data.captions import (
+    CAPTION_SUFFIXES,
+    captions_of,
+    clean_captions,
+    join_captions,
+    read_caption_file,
+    row_captions,
+)
+from tessera.data.images import IMAGE_SUFFIXES, UNSUPPORTED_SUFFIXES, ImageError, read_file
 from tessera.data.layouts.caption_table import CaptionTable
 from tessera.data.layouts.coco import is_coco, read_coco
 from tessera.data.layouts.hugging_face import is_saved_dataset, read_dataset
@@ -31,11 +38,9 @@ from tessera.data.layouts.parquet import NO_COLUMN, read_parquet
 from tessera.data.layouts.tar import read_tar
 from tessera.data.reading import resolve_inside
 
-UNSUPPORTED_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".ico", ".tga", ".exr", ".dng")
 PACKED_SUFFIXES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 NO_CAPTION = "no caption: expected x.txt, x.caption, x.json or a metadata row"
-NO_IMAGE_FOR_CAPTION = "no image for caption"
 NOTE_PACKED = "compressed archive passed over: unpack it, or store images in plain .tar"
 NOTE_NO_IMAGES_INSIDE = "Parquet file without images passed over"
 NOTE_BESIDE_SHARD = "Parquet file beside the shard of the same name passed over"
@@ -45,7 +50,7 @@ class Survey(NamedTuple):
     """What the first walk has found."""
 
     listing: str
-    """sha256 over names, sizes and times of the files that count"""
+    """sha256 over names, sizes and times of the files that count: of all for which `read_folder` yields something"""
     num_images: int | None
     """image files; None where archives or tables hold images, too, that nobody has counted"""
     tables: tuple[str, ...]
@@ -90,12 +95,12 @@ def survey_folder(root: Path) -> Survey:
         beside = _beside_images(folder)
         annotations = [name for name in folder.json if name not in beside and is_coco(root / folder.below(name))]
         counted = [*folder.images, *folder.captions, *(name for name in folder.json if name in beside)]
-        counted += [*folder.metadata, *annotations, *folder.holders, *folder.data_set]
+        counted += [*folder.metadata, *annotations, *folder.holders, *folder.data_set, *folder.unsupported]
         digest.update(listing_of(root, map(folder.below, counted)).encode())
         tables += [folder.below(name) for name in (*folder.metadata, *annotations)]
         num_images += len(folder.images)
         has_holders |= bool(folder.holders or folder.data_set)
-        is_empty &= not (counted or folder.unsupported)
+        is_empty &= not counted
     return Survey(digest.hexdigest(), None if has_holders else num_images, tuple(tables), is_empty)
 
 
@@ -210,7 +215,7 @@ def _candidate(
         if not captions:
             found = [read_caption_file(resolve_inside(root, folder.below(file))) for file in beside]
             notes.update(note for file in found for note in file.notes)
-            captions = tuple(dict.fromkeys(caption for file in found for caption in file.captions))
+            captions = join_captions(caption for file in found for caption in file.captions)
         if not captions:
             files = _named_after(name, folder.json, suffixes=(".json",))
             found_in_json = [text for file in files for text in _json_captions(root, folder.below(file))]

@@ -3,7 +3,7 @@
     hf:saved/pokemon    hf:saved/pokemon:validation    hf:someone/captioned-photos:train
 
 The column of images is known by its type, that of captions by its name; images are read as they were stored. A row may
-name a file instead of holding it: that is read from the folder of the data set and from the library's own cache only,
+name a file instead of holding it: that is read from the folder of the data set and from the library's own caches only,
 because whoever made the data set has written the name.
 """
 
@@ -48,6 +48,8 @@ class _Opened(NamedTuple):
     caption_columns: list[str]
     folders: tuple[Path, ...]
     """where files may lie that rows name"""
+    fingerprint: str
+    """of the split as it was loaded"""
     notes: tuple[str, ...]
     """what was guessed or passed over"""
 
@@ -117,13 +119,34 @@ def read_image(spec: str, row: int) -> bytes:
     return found if isinstance(found, bytes) else read_file(found)
 
 
+def dataset_fingerprint(spec: str) -> str:
+    """What changes with the content of a data set, be it on the hub or in a folder; the data set is opened for it.
+
+    Args:
+        spec: as for `read_dataset`.
+
+    Returns:
+        The library's fingerprint of the split and its number of rows. Of a data set that is damaged or holds no images
+        it is the reason, which `read_dataset` will tell.
+
+    Raises:
+        UserError: `datasets` is not installed, or there is no such data set or split.
+    """
+    try:
+        opened = _open(_parse(spec))
+    except ImageError as error:
+        return str(error)
+    return f"{opened.fingerprint} {len(opened.rows)}"
+
+
 def _parse(spec: str) -> _Spec:
     spec = spec.removeprefix(HUB_PREFIX)
     # A path may hold a colon of its own, and so may a split: train[:100].
     colons = [place for place, letter in enumerate(spec) if letter == ":"]
     for end in (len(spec), *reversed(colons)):
-        if end and Path(spec[:end]).exists():
-            return _Spec(str(Path(spec[:end]).resolve()), spec[end + 1 :])
+        path = Path(os.path.expanduser(spec[:end]))
+        if end and path.exists():
+            return _Spec(str(path.resolve()), spec[end + 1 :])
     name, _, split = spec.partition(":")
     return _Spec(name, split)
 
@@ -144,6 +167,7 @@ def _open_once(spec: _Spec, times: tuple[int, ...]) -> _Opened:
     """The times are for the cache."""
     try:
         import datasets
+        from huggingface_hub import constants as hub
     except ImportError as error:
         raise UserError('data sets of Hugging Face need `datasets`: pip install "tessera[hf]"') from error
     notes = []
@@ -164,8 +188,10 @@ def _open_once(spec: _Spec, times: tuple[int, ...]) -> _Opened:
         notes.append(f"captions taken from column {names[0]!r}")
     rows = loaded.with_format("arrow")
     folders = (Path(spec.name),) if os.path.isabs(spec.name) else ()
-    cache = Path(datasets.config.HF_DATASETS_CACHE).resolve()
-    return _Opened(rows, rows.select_columns(columns[:1]), names, (*folders, cache), tuple(notes))
+    # Tables lie in the first; loose files of a repository in the second, as links to what lies there as well.
+    caches = (Path(cache).resolve() for cache in (datasets.config.HF_DATASETS_CACHE, hub.HF_HUB_CACHE))
+    images = rows.select_columns(columns[:1])
+    return _Opened(rows, images, names, (*folders, *caches), loaded._fingerprint, tuple(notes))
 
 
 def _load(datasets: ModuleType, spec: _Spec) -> Any:

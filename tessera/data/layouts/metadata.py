@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tessera.data.candidates import Candidate, Location, Reject
-from tessera.data.captions import CAPTION_COLUMNS, NOTE_LATIN_1, captions_of, clean_captions
+from tessera.data.captions import CAPTION_COLUMNS, NOTE_LATIN_1, captions_of, clean_captions, rows_of
 from tessera.data.images import ImageError
 from tessera.data.reading import resolve_inside
 from tessera.errors import UserError
@@ -29,6 +29,11 @@ FILE_COLUMNS = ("file_name", "filename", "image", "image_path", "filepath", "pat
 
 NO_IMAGE_FOR_ROW = "no image for metadata row"
 
+_HINTS = {
+    ",": "quote captions that hold commas",
+    ";": "quote captions that hold semicolons",
+    "\t": "captions must not hold tabs",
+}
 _MOST_LINE_BYTES = 16 * 2**20
 _ROWS_AT_ONCE = 1024
 
@@ -121,9 +126,12 @@ def _json_rows(path: Path, file: str, notes: Counter[str]) -> Iterator[_Row]:
 def _csv_rows(path: Path, file: str, notes: Counter[str]) -> Iterator[_Row]:
     lines = _lines(path, notes)
     header = next(lines, "")
+    is_tsv = file.lower().endswith(".tsv")
     # Spreadsheets of many countries write semicolons.
-    delimiter = "\t" if file.lower().endswith(".tsv") else max(",;\t", key=header.count)
-    reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter)
+    delimiter = "\t" if is_tsv else max(",;\t", key=header.count)
+    # In tables of tabs a quote is mostly a part of the text, and must not swallow the rows behind it.
+    quoting = csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL
+    reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, quoting=quoting)
     while True:
         try:
             row = next(reader)
@@ -132,7 +140,21 @@ def _csv_rows(path: Path, file: str, notes: Counter[str]) -> Iterator[_Row]:
         except csv.Error as error:
             yield _Row(f"{file}:{reader.reader.line_num}", f"metadata row is not CSV: {error}")
             continue
-        yield _Row(f"{file}:{reader.reader.line_num}", row)
+        place = f"{file}:{reader.reader.line_num}"
+        if any(row.pop(None, ())):
+            yield _Row(place, f"metadata row with more fields than the header: {_HINTS[delimiter]}")
+            continue
+        if is_tsv:
+            row = {_unquoted(name): _unquoted(value or "") for name, value in row.items()}
+        # A table of text has no other way to say that there is no value.
+        yield _Row(place, {name: value or None for name, value in row.items()})
+
+
+def _unquoted(value: str) -> str:
+    """A field of a line that other programs have written in quotes, because it holds some."""
+    inside = value[1:-1]
+    is_quoted = len(value) > 1 and value[0] == value[-1] == '"' and '"' not in inside.replace('""', "")
+    return inside.replace('""', '"') if is_quoted else value
 
 
 def _parquet_rows(path: Path, file: str, notes: Counter[str]) -> Iterator[_Row]:
@@ -146,8 +168,8 @@ def _parquet_rows(path: Path, file: str, notes: Counter[str]) -> Iterator[_Row]:
         with parquet.ParquetFile(path) as table:
             names = [name for name in table.schema_arrow.names if _key(name) in FILE_COLUMNS + CAPTION_COLUMNS]
             for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=names):
-                yield from (_Row(f"{file} row {next(numbers)}", row) for row in batch.to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:
+                yield from (_Row(f"{file} row {next(numbers)}", row) for row in rows_of(batch))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: names of columns that are not UTF-8
         yield _Row(file, f"damaged: {' '.join(str(error).split())[:100]}")
 
 

@@ -15,16 +15,23 @@ import os
 import posixpath
 import re
 from array import array
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 from tessera.data import captions as captions_of_files
-from tessera.data.candidates import Candidate, Location, Reject
-from tessera.data.captions import CAPTION_SUFFIXES, captions_of, clean_captions, decode_text, row_captions
-from tessera.data.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, ImageError
+from tessera.data.candidates import NO_IMAGE_FOR_CAPTION, Candidate, Location, Reject
+from tessera.data.captions import (
+    CAPTION_SUFFIXES,
+    captions_of,
+    clean_captions,
+    decode_text,
+    join_captions,
+    row_captions,
+)
+from tessera.data.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, UNSUPPORTED_SUFFIXES, ImageError
 from tessera.data.layouts.tar_members import NOT_REGULAR, Archive, Member, walk_members
 from tessera.data.reading import resolve_inside
 
@@ -32,7 +39,6 @@ WINDOW_BYTES = 64 * 2**20
 MAX_NAMES = 2**22
 
 NO_CAPTION = "no caption: expected .txt, .caption or .json of the same name in the archive"
-NO_IMAGE_FOR_CAPTION = "no image for caption"
 LEAVES = "member name leaves the archive"
 DUPLICATE = "duplicate name: an earlier member of the archive has it"
 NOTE_PASSED_OVER = "tar member passed over"
@@ -41,7 +47,10 @@ NOTE_BAD_JSON = "JSON member that is not JSON passed over"
 NOTE_NO_CAPTION_IN_JSON = "JSON member without caption, text or prompt passed over"
 NOTE_MANY_NAMES = f"names in a tar archive behind the first {MAX_NAMES:,} not compared"
 
-_WANTED_SUFFIXES = frozenset((*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, ".json"))
+_OF_IMAGES = frozenset((*IMAGE_SUFFIXES, *UNSUPPORTED_SUFFIXES))
+_WANTED_SUFFIXES = frozenset((*_OF_IMAGES, *CAPTION_SUFFIXES, ".json"))
+# Views of one thing may share captions; more images than this have one key because of a dot in their names.
+_MAX_VIEWS = 16
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _PLAIN_SUFFIX = re.compile(r"\.[a-z0-9_-]{1,12}")
 _MAX_KINDS_OF_NOTES = 32
@@ -54,9 +63,10 @@ _CAPTION_BYTES = 100
 class _Sample:
     """The members of one key that have come so far."""
 
+    key: str
     images: list[Location] = field(default_factory=list)
     captions: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by the name of the member that holds them
-    has_image: bool = False  # also where the image was refused: its caption is not to be refused as well
+    refused: list[str] = field(default_factory=list)  # images whose captions are not to be refused as well
     waiting_bytes: int = 0
 
 
@@ -85,9 +95,11 @@ def read_tar(root: Path, file: str, notes: Counter[str]) -> Iterator[Candidate |
                 continue
             if refusal is None and not names.add(member.name):
                 refusal = DUPLICATE
+            if refusal is None and member.suffix in UNSUPPORTED_SUFFIXES:
+                refusal = f"format not supported: {member.suffix}"
             if refusal is not None:
                 yield Reject(f"{file}/{member.name}", refusal)
-            if member.suffix in IMAGE_SUFFIXES:
+            if member.suffix in _OF_IMAGES:
                 window.add_image(member, is_refused=refusal is not None)
             elif refusal is None:
                 window.add_captions(member, _read_captions(archive, member, notes))
@@ -169,13 +181,15 @@ class _Window:
 
     def __init__(self, file: str) -> None:
         self._file = file
-        self._waiting: dict[str, _Sample] = {}  # by key, the oldest first
+        # By key, the oldest first. A dict would look for its first key past all that have been taken away.
+        self._waiting: OrderedDict[str, _Sample] = OrderedDict()
         self._waiting_bytes = 0
 
     def add_image(self, member: Member, *, is_refused: bool) -> None:
         sample = self._sample_of(member, _MEMBER_BYTES)
-        sample.has_image = True
-        if not is_refused:
+        if is_refused:
+            sample.refused.append(member.name)
+        else:
             sample.images.append(Location(self._file, member.name, member.offset, member.size))
 
     def add_captions(self, member: Member, captions: tuple[str, ...]) -> None:
@@ -186,7 +200,7 @@ class _Window:
     def close_oldest(self) -> Iterator[Candidate | Reject]:
         """Gives away the oldest samples until the others fit."""
         while self._waiting_bytes > WINDOW_BYTES:
-            sample = self._waiting.pop(next(iter(self._waiting)))
+            _, sample = self._waiting.popitem(last=False)
             self._waiting_bytes -= sample.waiting_bytes
             yield from self._close(sample)
 
@@ -196,29 +210,43 @@ class _Window:
 
     def _sample_of(self, member: Member, added_bytes: int) -> _Sample:
         folder, _, name = member.name.rpartition("/")
-        key = f"{folder}/{name.partition('.')[0]}"
+        key = posixpath.join(folder, name.partition(".")[0])
         sample = self._waiting.get(key)
         if sample is None:
-            sample = self._waiting[key] = _Sample()
+            sample = self._waiting[key] = _Sample(key)
         added_bytes += 2 * len(member.name)
         sample.waiting_bytes += added_bytes
         self._waiting_bytes += added_bytes
         return sample
 
     def _close(self, sample: _Sample) -> Iterator[Candidate | Reject]:
-        used: set[str] = set()
+        by_stem: dict[str, list[str]] = {}
+        for name in sample.captions:
+            by_stem.setdefault(posixpath.splitext(name)[0], []).append(name)
+        images = [*(image.member for image in sample.images), *sample.refused]
+        own = {image: _own_captions(image, by_stem) for image in images}
+        used = {name for names in own.values() for name in names}
+        shared = by_stem.get(sample.key, [])
+        # Where one image has captions of its own, those that nobody owns are of an image that is missing.
+        if not shared and not used and len(own) <= _MAX_VIEWS:
+            shared = list(sample.captions)
+        shared_texts = _texts(sample, shared)
         for image in sample.images:
-            # IMG_1.2.jpg and IMG_1.3.jpg share a key, yet each has captions of its own; x.png may have x.png.txt.
-            own = (posixpath.splitext(image.member)[0], image.member)
-            names = [name for name in sample.captions if posixpath.splitext(name)[0] in own] or list(sample.captions)
-            used.update(names)
-            captions = dict.fromkeys(text for name in names for text in sample.captions[name])
-            if len(captions) > 1:
-                captions.pop("", None)
-            yield Candidate(image, tuple(captions)) if captions else Reject(image.name, NO_CAPTION)
-        if sample.images or not sample.has_image:
-            unused = (name for name in sample.captions if name not in used)
-            yield from (Reject(f"{self._file}/{name}", NO_IMAGE_FOR_CAPTION) for name in unused)
+            captions = _texts(sample, own[image.member]) or shared_texts
+            yield Candidate(image, captions) if captions else Reject(image.name, NO_CAPTION)
+        if not all(own.values()):
+            used.update(shared)
+        unused = (name for name in sample.captions if name not in used)
+        yield from (Reject(f"{self._file}/{name}", NO_IMAGE_FOR_CAPTION) for name in unused)
+
+
+def _own_captions(image: str, by_stem: dict[str, list[str]]) -> list[str]:
+    """IMG_1.2.jpg and IMG_1.3.jpg share a key, yet each has captions of its own; x.png may have x.png.txt."""
+    return [*by_stem.get(posixpath.splitext(image)[0], ()), *by_stem.get(image, ())]
+
+
+def _texts(sample: _Sample, names: list[str]) -> tuple[str, ...]:
+    return join_captions(text for name in names for text in sample.captions[name])
 
 
 def _refusal(member: Member) -> str | None:

@@ -19,6 +19,7 @@ from tessera.data.captions import (
     clean_and_note,
     clean_caption,
     clean_captions,
+    join_captions,
     read_caption_file,
     row_captions,
 )
@@ -135,6 +136,12 @@ def test_a_row_gives_the_captions_of_its_first_column_that_has_any() -> None:
     assert row_captions({"text": ""}) == [""]
     assert row_captions({"title": "never"}) == []
     assert caption_columns(["image", "Prompt", "TEXT", "texts"]) == ["Prompt", "TEXT"]
+
+
+def test_an_empty_caption_is_left_out_beside_another() -> None:
+    assert join_captions(["", "a", "", "b", "a"]) == ("a", "b")
+    assert join_captions(["", ""]) == ("",)
+    assert join_captions([]) == ()
 
 
 def test_captions_of_one_image_are_cleaned_counted_and_stated_once() -> None:

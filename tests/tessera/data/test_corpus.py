@@ -1,5 +1,6 @@
 import hashlib
 import logging
+import math
 import pickle
 import threading
 import time
@@ -229,6 +230,15 @@ def test_images_with_substitutes_are_not_reused(folder: Path, tmp_path: Path) ->
         corpus = ManifestCorpus(manifest, image_size=SIZE)
         images = load_images(corpus, directory=tmp_path / "cache")
         assert (images[2] == original(3)).all() and corpus.captions(2) == ("picture 3",)
+
+
+def test_what_would_fill_the_memory_is_decoded_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = Counted(20)
+    size = 20 * math.prod(corpus.image_size) * 3
+    monkeypatch.setattr("tessera.data.corpus.usable_memory_bytes", lambda: 4 * size)
+    assert isinstance(open_images(corpus, directory=None, most_gib=1.0), np.ndarray)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert isinstance(open_images(corpus, directory=None, most_gib=1.0), LazyImages)
 
 
 def test_images_that_fit_are_an_array_and_others_are_decoded_when_needed(

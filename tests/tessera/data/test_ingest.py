@@ -176,6 +176,33 @@ def test_an_interrupted_ingest_goes_on_where_it_stopped(messy: Path, tmp_path: P
     assert not (tmp_path / "out" / JOURNAL_NAME).exists()
 
 
+def interrupted(path: Path, out: Path, *, behind: int) -> None:
+    def interrupt(done: int, _: int | None) -> None:
+        if done == behind:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(path, directory=out, on_progress=interrupt)
+
+
+def test_a_file_that_cannot_be_used_counts_when_an_ingest_goes_on(messy: Path, tmp_path: Path) -> None:
+    interrupted(messy, tmp_path / "out", behind=4)
+    (messy / "000.heic").touch()
+    resumed = ingest(messy, directory=tmp_path / "out")
+    assert same(resumed, ingest(messy, directory=tmp_path / "whole")) and resumed.num_seen == 13
+
+
+def test_a_journal_that_ends_elsewhere_is_not_gone_on_with(
+    messy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tessera.data.layouts.folder.listing_of", lambda root, files: "always the same")
+    interrupted(messy, tmp_path / "out", behind=4)
+    (messy / "000.txt").unlink()
+    (messy / "000.png").unlink()
+    resumed = ingest(messy, directory=tmp_path / "out")
+    assert same(resumed, ingest(messy, directory=tmp_path / "whole")) and resumed.num_seen == 11
+
+
 def test_two_ingests_into_one_folder_do_the_work_once(messy: Path, tmp_path: Path, decoded: list[str]) -> None:
     found: list[Manifest] = []
     threads = [

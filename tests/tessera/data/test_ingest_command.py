@@ -79,13 +79,24 @@ def test_a_check_finds_every_image_whose_bytes_differ(
         ([], "expected PATH and --out DIR"),
         (["photos"], "expected PATH and --out DIR"),
         (["--check"], "--check needs a manifest, or the folder that holds it"),
-        (["{tmp}", "--check"], "manifest.jsonl does not exist: make it with `tessera ingest PATH --out DIR`"),
+        (["{tmp}/photos", "--check"], "manifest.jsonl does not exist: make it with `tessera ingest PATH --out DIR`"),
+        (
+            ["{tmp}/manifest.jsonl", "--out", "{tmp}/out"],
+            "manifest.jsonl is a manifest already: train on it, or verify",
+        ),
+        (["{tmp}/manifest.jsonl"], "manifest.jsonl is a manifest already: train on it, or verify it with --check"),
+        (["{tmp}/photos", "--out", "{tmp}/file"], "file cannot be made a folder for the manifest: File exists"),
+        (["{tmp}/photos", "--out", "{tmp}/file/out"], "out cannot be made a folder for the manifest: Not a directory"),
         (["{tmp}/gone", "--out", "{tmp}/out"], "gone does not exist: expected a folder of captioned images"),
     ],
 )
 def test_wrong_use_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "manifest.jsonl").write_text('{"tessera_manifest": 2}\n')
     assert main(["ingest", *(word.format(tmp=tmp_path) for word in arguments)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

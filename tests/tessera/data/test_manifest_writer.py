@@ -66,6 +66,21 @@ def test_a_journal_of_something_else_is_thrown_away(tmp_path: Path, journal: byt
     assert sorted(file.name for file in tmp_path.iterdir()) == ["manifest.index", "manifest.jsonl", "rejects.jsonl"]
 
 
+def test_a_writer_knows_where_it_stopped_and_can_start_over(tmp_path: Path) -> None:
+    with ManifestWriter(tmp_path, listing="listing") as writer:
+        assert writer.last_source is None
+        for outcome, name in zip(OUTCOMES[:4], ("0.png", "a.png", "1.png", "x.tar/0.png"), strict=True):
+            writer.add(outcome)
+            assert writer.last_source == name
+    with ManifestWriter(tmp_path, listing="listing") as writer:
+        assert writer.last_source == "x.tar/0.png"
+        writer.start_over()
+        assert (writer.num_seen, writer.last_source) == (0, None)
+        writer.add(OUTCOMES[3])
+        writer.finish(name="pictures", root=tmp_path, notes={})
+    assert [found.location.name for found in read(tmp_path).records] == ["x.tar/0.png"]
+
+
 def test_the_lines_say_what_the_index_says(tmp_path: Path) -> None:
     manifest = write(tmp_path, OUTCOMES)
     lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]

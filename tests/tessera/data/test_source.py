@@ -2,6 +2,7 @@ import io
 import json
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from tessera.data.candidates import Candidate, Location
+from tessera.data.candidates import Candidate, Location, Reject
 from tessera.data.ingest import ingest
+from tessera.data.layouts.coco import read_coco
 from tessera.data.layouts.folder import NOTE_BESIDE_SHARD, NOTE_NO_IMAGES_INSIDE
 from tessera.data.manifest_corpus import ManifestCorpus
 from tessera.data.source import find_source
@@ -131,6 +133,39 @@ def test_each_of_them_can_be_given_alone(everything: Path, name: str, captions: 
     assert [record.captions for record in ingest(everything / name).records] == [(caption,) for caption in captions]
 
 
+@pytest.mark.parametrize("place", [".", "annotations", "val2017"])
+def test_annotations_are_parsed_once_to_find_their_images(
+    everything: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    file = everything / "coco" / place / "captions_val2017.json"
+    (everything / "coco" / "annotations" / file.name).rename(file)
+    parsed: list[Path] = []
+
+    def counted(root: Path, name: str, notes: Counter[str]) -> Iterator[Candidate | Reject]:
+        parsed.append(root)
+        return read_coco(root, name, notes)
+
+    monkeypatch.setattr("tessera.data.source.read_coco", counted)
+    source = find_source(str(file))
+    assert (len(parsed), source.num_images) == (1, 3)
+    assert source.root == everything / "coco" / ("val2017" if place == "val2017" else "")
+    names = [item.location.file for item in source.read(Counter()) if isinstance(item, Candidate)]
+    assert all((source.root / name).is_file() for name in names) and len(names) == 3
+
+
+def test_the_home_folder_of_a_saved_data_set_may_be_abbreviated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": png(7), "path": None}], "text": ["seven"]})
+    rows.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "saved"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    short, long = (find_source(f"hf:{folder}/saved") for folder in ("~", tmp_path))
+    assert short.listing == long.listing
+    assert list(short.read(Counter())) == list(long.read(Counter()))
+
+
 def test_a_parquet_file_without_images_is_a_table_of_files(tmp_path: Path) -> None:
     save(tmp_path / "a.png", png(0))
     parquet.write_table(pyarrow.table({"file_name": ["a.png"], "text": ["hello"]}), tmp_path / "mine.parquet")
@@ -170,6 +205,14 @@ def test_a_local_data_set_that_changed_is_ingested_again(tmp_path: Path) -> None
     save(tmp_path / "saved" / "data" / "more.arrow", "x")
     second = find_source(f"hf:{tmp_path / 'saved'}").listing
     assert len({first, second, find_source(f"hf:{tmp_path / 'saved'}:test").listing}) == 3
+
+
+def test_a_data_set_on_the_hub_that_changed_is_ingested_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    listings = []
+    for fingerprint in ("first 10", "first 10", "second 10"):
+        monkeypatch.setattr("tessera.data.source.dataset_fingerprint", lambda spec, found=fingerprint: found)
+        listings.append(find_source("hf:someone/cats").listing)
+    assert listings[0] == listings[1] != listings[2]
 
 
 def test_a_folder_of_a_manifest_alone_names_the_manifest(tmp_path: Path) -> None:

@@ -24,9 +24,18 @@ from scorer.lit import ScorerLit
 from scorer.model import ClipScorer, ClipScorerConfig
 from tessera.data.loader import KeyedLoader
 from tessera.data.order import SampleKey, mix
+from tessera.errors import UserError
 from tessera.text_tokenizer import TextTokenizer
 from tessera.training.optim import OptimizerConfig
-from tessera.training.processes import gather, join, mean_over_processes, whole, whole_state_dict
+from tessera.training.processes import (
+    first_goes_ahead,
+    gather,
+    is_first,
+    join,
+    mean_over_processes,
+    whole,
+    whole_state_dict,
+)
 from tessera.training.run import TrainerConfig, run_training
 from transformer.lit import PriorLit
 from transformer.model import Prior, PriorConfig, SequenceLayout
@@ -145,6 +154,21 @@ def who() -> dict[str, int]:
     """How this process sees itself."""
     processes = join("cpu")
     return {"rank": processes.rank, "world_size": processes.world_size, "per_node": processes.per_node}
+
+
+def mistaken() -> str:
+    """What becomes of a mistake of the user's in this process."""
+    join("cpu")
+    try:
+        with first_goes_ahead():
+            if is_first():
+                raise UserError("wrong data")
+    except UserError as error:
+        return f"told: {error}"
+    except SystemExit as exit_:
+        assert exit_.code == 2
+        return "ended quietly"
+    return "nothing"
 
 
 if __name__ == "__main__":

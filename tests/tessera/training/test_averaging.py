@@ -47,7 +47,7 @@ def test_the_average_is_that_of_a_plain_loop(share: float, every: int) -> None:
     averaging = HorizonAveraging(share, clock_of(120))
     averaging.on_train_start(trainer_at(0), module)
     advance(module, averaging, range(120))
-    averaging.on_train_end(trainer_at(120), module)
+    averaging.on_fit_end(trainer_at(120), module)
 
     expected = 1.0  # the first update copies
     for step in range(every, 120, every):
@@ -68,7 +68,7 @@ def test_a_resumed_average_goes_on(tmp_path: Any) -> None:
     resumed.on_train_start(trainer_at(51), module)
     advance(module, resumed, range(51, 120))
     for averaging, trained in ((expected, whole), (resumed, module)):
-        averaging.on_train_end(trainer_at(120), trained)
+        averaging.on_fit_end(trainer_at(120), trained)
     assert torch.equal(module.weight, whole.weight)
 
 

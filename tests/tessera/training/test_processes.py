@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tessera.errors import UserError
-from tessera.training.processes import join
+from tessera.training.processes import join, refuse_several
 
 SCRIPT = Path(__file__).with_name("one_process.py")
 
@@ -37,6 +37,7 @@ def launched(rank: int, world_size: int, port: int, *, launcher: str) -> dict[st
         return {
             **address,
             "SLURM_NTASKS": str(world_size),
+            "SLURM_STEP_NUM_TASKS": str(world_size),
             "SLURM_PROCID": str(rank),
             "SLURM_LOCALID": str(rank),
             "SLURM_NODEID": "0",
@@ -144,7 +145,7 @@ def test_an_interrupted_run_of_several_processes_goes_on(
         assert resumed["losses"] == expected["losses"][4:]
         assert largest_difference(resumed["weights"], expected["weights"]) == 0
     checkpoints = [file for file in resumed["files"] if file.endswith(".ckpt")]
-    assert checkpoints == ["checkpoints/step-000000004.ckpt"], "one of them writes"
+    assert checkpoints == ["checkpoints/step-000000004.ckpt", "checkpoints/step-000000006.ckpt"], "one of them writes"
 
 
 def test_the_order_is_the_same_for_any_number_of_processes_and_workers(server: Any, tmp_path: Path) -> None:
@@ -162,9 +163,28 @@ def test_the_tasks_of_slurm_find_each_other(server: Any, tmp_path: Path) -> None
     assert found == [{"rank": rank, "world_size": 2, "per_node": 2} for rank in range(2)]
 
 
+def test_a_line_of_a_job_beside_srun_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in launched(0, 32, 1, launcher="slurm").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    assert join("cpu").world_size == 1
+
+
+def test_a_mistake_that_the_first_process_finds_ends_all(server: Any, tmp_path: Path) -> None:
+    assert run(server, tmp_path, 2, "mistaken") == ["told: wrong data", "ended quietly"]
+
+
 def test_one_process_needs_no_launcher() -> None:
     processes = join("cpu")
     assert (processes.rank, processes.world_size, processes.num_nodes) == (0, 1, 1)
+
+
+def test_what_is_for_one_process_is_refused_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_several("tessera fit", "start one")
+    for name, value in launched(1, 4, 1, launcher="torchrun").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="tessera fit is for one process and was started in 4: start one"):
+        refuse_several("tessera fit", "start one")
 
 
 def test_one_gpu_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,9 +106,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     valid, damaged = newest_valid(directory)
     assert [path for path, _ in damaged] == [newest]
-    assert valid == checkpoint_path(directory, 5)
+    assert valid == checkpoint_path(directory, 10)
     _, weights, losses = run(tmp_path)
-    assert len(losses) == 7
+    assert len(losses) == 2
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
@@ -116,7 +116,7 @@ def test_a_run_without_a_sound_checkpoint_does_not_start_over_by_itself(tmp_path
     run(tmp_path)
     for path in checkpoints(tmp_path / "checkpoints"):
         path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match="no checkpoint in .* is as it was saved, .*step-000000010.ckpt: truncated"):
+    with pytest.raises(UserError, match="no checkpoint in .* is as it was saved, .*step-000000012.ckpt: truncated"):
         run(tmp_path)
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tessera.data.candidates import Candidate, Reject
+from tessera.data.candidates import NO_IMAGE_FOR_CAPTION, Candidate, Reject
 from tessera.data.captions import NOTE_CLEANED
-from tessera.data.layouts.coco import NO_IMAGE_FOR_CAPTION, NOT_COCO, NOTE_NO_CAPTION, is_coco, read_coco
+from tessera.data.layouts.coco import NOT_COCO, NOTE_NO_CAPTION, is_coco, read_coco
 from tessera.data.reading import OUTSIDE
 
 FILE = "annotations/captions_val2017.json"

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tessera.data.candidates import Candidate, Reject
+from tessera.data.candidates import NO_IMAGE_FOR_CAPTION, Candidate, Reject
 from tessera.data.captions import NOTE_CLEANED
 from tessera.data.layouts.folder import (
     NO_CAPTION,
-    NO_IMAGE_FOR_CAPTION,
     NOTE_BESIDE_SHARD,
     NOTE_PACKED,
     read_folder,
@@ -81,6 +80,11 @@ def test_json_beside_an_image_gives_captions(tmp_path: Path, content: str, expec
     assert captions(tmp_path) == {"a.jpg": expected}
 
 
+def test_an_empty_caption_file_is_not_heard_beside_another(tmp_path: Path) -> None:
+    write(tmp_path, a__png="", a__txt="", a__caption="a star")
+    assert captions(tmp_path) == {"a.png": ("a star",)}
+
+
 def test_json_speaks_only_where_no_text_file_does(tmp_path: Path) -> None:
     write(
         tmp_path, a__jpg="", a__json='{"caption": "json"}', a__txt="text", b__jpg="", b__json='{"caption": "a\\u0000"}'
@@ -135,7 +139,8 @@ def test_all_rows_about_an_image_count_wherever_they_stand(tmp_path: Path) -> No
 def test_rows_may_name_what_the_walk_passes_by(tmp_path: Path) -> None:
     write(tmp_path, hidden__a__png="", b__bin="", c__bin="")
     (tmp_path / "hidden").rename(tmp_path / ".hidden")
-    write(tmp_path, metadata__csv="file_name,text\n.hidden/a.png,hidden\nb.bin,without suffix\nc.bin,\n")
+    write(tmp_path, metadata__csv="file_name,text\n.hidden/a.png,hidden\nb.bin,without suffix\n")
+    write(tmp_path, sub__metadata__jsonl='{"file_name": "../c.bin", "text": ""}')
     assert captions(tmp_path) == {".hidden/a.png": ("hidden",), "b.bin": ("without suffix",), "c.bin": ("",)}
 
 
@@ -176,12 +181,20 @@ def test_the_survey_follows_every_file_that_counts(tmp_path: Path) -> None:
     write(tmp_path, notes__md="more", other__json="{}", rejects__jsonl="")
     assert survey_folder(tmp_path).listing == first
     listings = {first}
-    for file in ({"a__txt": "longer"}, {"b__json": "{ }"}, {"sub__c__png": ""}, {"metadata__csv": "file_name,text\n"}):
+    for file in (
+        {"a__txt": "longer"},
+        {"b__json": "{ }"},
+        {"sub__c__png": ""},
+        {"metadata__csv": "file_name,text\n"},
+        {"photo__heic": ""},
+        {"lost__txt": ""},
+        {"more__parquet": ""},
+    ):
         write(tmp_path, **file)
         listings.add(survey_folder(tmp_path).listing)
     (tmp_path / "a.png").rename(tmp_path / "d.png")
     listings.add(survey_folder(tmp_path).listing)
-    assert len(listings) == 6
+    assert len(listings) == 9
 
 
 def test_the_survey_counts_images_where_it_can(tmp_path: Path) -> None:

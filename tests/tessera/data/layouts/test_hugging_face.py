@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pyarrow
 import pytest
 from PIL import Image
 
 from tessera.data.candidates import Candidate, Location, Reject
 from tessera.data.images import ImageError
+from tessera.data.layouts import hugging_face
 from tessera.data.layouts.hugging_face import (
     NO_CAPTION,
     NO_COLUMN,
     NO_IMAGE,
+    dataset_fingerprint,
     is_saved_dataset,
     read_dataset,
     read_image,
@@ -31,6 +34,7 @@ CAPTIONS_FROM_TEXT = "captions taken from column 'text'"
 def _quiet_and_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     datasets.disable_progress_bars()
 
 
@@ -154,6 +158,27 @@ def test_files_that_rows_name_are_read_from_the_data_set_and_the_cache_only(tmp_
             read_image(spec, row)
 
 
+def test_loose_files_that_were_downloaded_from_the_hub_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "disk" / "datasets--someone--photos"
+    for folder in ("blobs", "snapshots"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "blobs" / "0a1b").write_bytes(png(7))
+    (repository / "snapshots" / "a.png").symlink_to("../blobs/0a1b")
+    (tmp_path / "secret.png").write_bytes(png(8))
+    (repository / "snapshots" / "b.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "moved").symlink_to("disk")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "moved"))
+    names = [tmp_path / "moved" / repository.name / "snapshots" / name for name in ("a.png", "b.png")]
+    spec = save_as_it_is(
+        made_of([{"bytes": None, "path": str(name)} for name in names], text=["a", "b"]), tmp_path / "s"
+    )
+    candidates, rejects, _ = read(spec)
+    assert candidates == {0: ("a",)} and read_image(spec, 0) == png(7)
+    assert list(rejects) == [f"{spec} row 1"] and rejects[f"{spec} row 1"].startswith("points outside")
+
+
 def test_data_sets_of_other_things_are_one_reject(tmp_path: Path) -> None:
     made = datasets.Dataset.from_dict({"text": ["a"], "image": ["a.png"]})
     spec = save(made, tmp_path / "saved")
@@ -182,6 +207,49 @@ def test_a_data_set_that_was_saved_anew_is_opened_again(tmp_path: Path) -> None:
     for file in (tmp_path / "other").iterdir():
         os.replace(file, tmp_path / "saved" / file.name)
     assert read_image(spec, 0) == png(2)
+
+
+def test_the_fingerprint_changes_with_the_content_and_with_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    found = []
+    for lines in (["a"], ["a"], ["a", "b"]):
+        for name in lines:
+            if not (folder / f"{name}.png").exists():
+                (folder / f"{name}.png").write_bytes(png(5))
+                with (folder / "metadata.jsonl").open("a") as file:
+                    file.write(f'{{"file_name": "{name}.png", "text": "{name}"}}\n')
+        hugging_face._open_once.cache_clear()  # as in another process
+        found.append(dataset_fingerprint(f"hf:{folder}"))
+    assert found[0] == found[1] != found[2]
+    assert [text.split()[1] for text in found] == ["1", "1", "2"]
+
+
+def test_the_fingerprint_is_that_of_the_split_and_of_what_was_saved_last(tmp_path: Path) -> None:
+    made = {name: made_of([png(shade)], name, text=[name]) for shade, name in enumerate(("test", "train"))}
+    spec = save_splits(tmp_path / "saved", **made)
+    assert dataset_fingerprint(spec) == dataset_fingerprint(f"hf:{spec}:train") != dataset_fingerprint(f"{spec}:test")
+    spec = save(made_of([png(1)], text=["old"]), tmp_path / "one")
+    old = dataset_fingerprint(spec)
+    save(made_of([png(1)], text=["new"]), tmp_path / "other")
+    for file in (tmp_path / "other").iterdir():
+        os.replace(file, tmp_path / "one" / file.name)
+    assert dataset_fingerprint(spec) != old
+
+
+def test_the_fingerprint_of_what_holds_no_images_is_the_reason(tmp_path: Path) -> None:
+    spec = save(datasets.Dataset.from_dict({"text": ["a"]}), tmp_path / "saved")
+    assert dataset_fingerprint(spec) == NO_COLUMN
+    with pytest.raises(UserError, match=r"^cannot load data set "):
+        dataset_fingerprint(f"hf:{tmp_path / 'missing'}")
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = save_splits(tmp_path / "saved", test=made_of([png(1)], text=["a"]))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (candidate,) = read_dataset("hf:~/saved:test", Counter())
+    assert candidate == Candidate(Location(f"hf:{spec}:test", row=0), ("a",))
+    assert dataset_fingerprint("hf:~/saved") == dataset_fingerprint(spec)
 
 
 def test_a_folder_of_images_is_loaded_with_the_library(tmp_path: Path) -> None:

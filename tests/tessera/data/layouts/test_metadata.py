@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from tessera.data.candidates import Candidate, Reject
-from tessera.data.captions import NOTE_LATIN_1
+from tessera.data.captions import NOT_UTF_8, NOTE_LATIN_1
 from tessera.data.layouts.metadata import NO_IMAGE_FOR_ROW, read_metadata
 
 OUTSIDE = "points outside the folder"
@@ -54,7 +54,7 @@ def test_json_lines_give_captions(tmp_path: Path) -> None:
     assert reasons(path) == {}
 
 
-@pytest.mark.parametrize(("name", "delimiter"), [("x.csv", ","), ("x.csv", ";"), ("x.csv", "\t"), ("x.TSV", "\t")])
+@pytest.mark.parametrize(("name", "delimiter"), [("x.csv", ","), ("x.csv", ";"), ("x.csv", "\t")])
 def test_separated_values_give_captions(tmp_path: Path, name: str, delimiter: str) -> None:
     lines = [
         ["File_Name", "width", "Prompt"],
@@ -75,6 +75,54 @@ def test_a_table_of_tabs_may_have_commas_in_its_header(tmp_path: Path) -> None:
     touch(tmp_path, "a.png")
     (tmp_path / "x.tsv").write_text("file_name\ttext\twidth, height, depth\na.png\thello, you\t1, 2, 3\n")
     assert captions(tmp_path / "x.tsv") == [("a.png", ("hello, you",))]
+
+
+def test_a_quote_in_a_table_of_tabs_swallows_no_rows(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.png", "c.png", "d.png")
+    lines = ['a.png\t"Wide" angle', 'b.png\t"never closed', 'c.png\t"a ""red"" star"', 'd.png\t"']
+    (tmp_path / "x.TSV").write_text("\n".join(['file_name\t"text"', *lines]))
+    assert captions(tmp_path / "x.TSV") == [
+        ("a.png", ('"Wide" angle',)),
+        ("b.png", ('"never closed',)),
+        ("c.png", ('a "red" star',)),
+        ("d.png", ('"',)),
+    ]
+
+
+@pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".csv", ";"), (".tsv", "\t")])
+def test_an_empty_cell_says_nothing(tmp_path: Path, suffix: str, delimiter: str) -> None:
+    touch(tmp_path, "a.png", "b.png", "c.png")
+    rows = [("file_name", "image", "text", "caption"), ("a.png", "", "", "a cat"), ("", "b.png", "b", ""), ("c.png",)]
+    (tmp_path / f"x{suffix}").write_text("\n".join(map(delimiter.join, rows)))
+    assert captions(tmp_path / f"x{suffix}") == [("a.png", ("a cat",)), ("b.png", ("b",)), ("c.png", ())]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "delimiter", "hint"),
+    [
+        (".csv", ",", "quote captions that hold commas"),
+        (".csv", ";", "quote captions that hold semicolons"),
+        (".tsv", "\t", "captions must not hold tabs"),
+    ],
+)
+def test_a_row_of_too_many_fields_is_refused_and_not_cut(
+    tmp_path: Path, suffix: str, delimiter: str, hint: str
+) -> None:
+    touch(tmp_path, "a.png", "b.png")
+    rows = [("file_name", "text"), ("a.png", "red", " green"), ("b.png", "blue", "", "")]
+    path = tmp_path / f"x{suffix}"
+    path.write_text("\n".join(map(delimiter.join, rows)))
+    assert captions(path) == [("b.png", ("blue",))]
+    assert reasons(path) == {f"{path.name}:2": f"metadata row with more fields than the header: {hint}"}
+
+
+def test_a_parquet_caption_that_is_not_utf_8_costs_its_row_alone(tmp_path: Path) -> None:
+    names = ["a.png", "b.png", "c.png"]
+    touch(tmp_path, *names)
+    texts = pyarrow.array([b"a cat", b"caf\xe9", b"a dog"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"file_name": names, "text": texts}), tmp_path / "metadata.parquet")
+    assert captions(tmp_path / "metadata.parquet") == [("a.png", ("a cat",)), ("c.png", ("a dog",))]
+    assert reasons(tmp_path / "metadata.parquet") == {"metadata.parquet row 1": NOT_UTF_8}
 
 
 def test_parquet_tables_give_captions(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import tarfile
+import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tessera.data.candidates import Candidate, Reject
+from tessera.data.candidates import NO_IMAGE_FOR_CAPTION, Candidate, Reject
 from tessera.data.captions import MAX_FILE_BYTES as MAX_CAPTION_FILE_BYTES
 from tessera.data.captions import NOTE_LONG_FILE
 from tessera.data.images import ImageError
@@ -23,7 +24,6 @@ from tessera.data.layouts.tar import (
     DUPLICATE,
     LEAVES,
     NO_CAPTION,
-    NO_IMAGE_FOR_CAPTION,
     NOTE_BAD_JSON,
     NOTE_LONG_JSON,
     NOTE_MANY_NAMES,
@@ -31,6 +31,7 @@ from tessera.data.layouts.tar import (
     read_member,
     read_tar,
 )
+from tessera.data.layouts.tar_members import Member
 
 FILE = "shards/00000.tar"
 
@@ -150,6 +151,70 @@ def test_images_of_one_key_share_captions_unless_they_have_their_own(tmp_path: P
     assert rejects == {"v1.2/IMG_1.4.txt": NO_IMAGE_FOR_CAPTION}
 
 
+def test_an_image_is_never_given_the_captions_of_its_neighbors(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        *[("frame.1.jpg", b"1"), ("frame.2.jpg", b"2"), ("frame.3.jpg", b"3"), ("frame.1.txt", "one")],
+        *[("frame.2.jpg.txt", "two"), ("frame.9.txt", "nine")],
+        *[("a/0.jpg", b"0"), ("a/0.mask.png", b"m"), ("a/0.txt", "of the key"), ("a/0.mask.txt", "its own")],
+        *[("a/1.jpg", b"1"), ("a/1.mask.png", b"m"), ("a/1.txt", "of both")],
+        *[("a/2.left.jpg", b"l"), ("a/2.right.jpg", b"r"), ("a/2.en.txt", "nobody's own")],
+    )
+    candidates, rejects, _ = read(tmp_path)
+    assert candidates == {
+        "frame.1.jpg": ("one",),
+        "frame.2.jpg": ("two",),
+        "a/0.jpg": ("of the key",),
+        "a/0.mask.png": ("its own",),
+        "a/1.jpg": ("of both",),
+        "a/1.mask.png": ("of both",),
+        "a/2.left.jpg": ("nobody's own",),
+        "a/2.right.jpg": ("nobody's own",),
+    }
+    assert rejects == {"frame.3.jpg": NO_CAPTION, "frame.9.txt": NO_IMAGE_FOR_CAPTION}
+
+
+def test_many_images_of_one_key_are_no_views_of_one_thing(tmp_path: Path) -> None:
+    frames = [(f"frame.{number}.{suffix}", b"x") for number in range(30) for suffix in ("jpg", "en.txt")]
+    write(tmp_path, *frames)
+    candidates, rejects, _ = read(tmp_path)
+    assert not candidates and Counter(rejects.values()) == {NO_CAPTION: 30, NO_IMAGE_FOR_CAPTION: 30}
+
+
+def test_time_grows_with_the_number_of_images_of_one_key_and_not_its_square(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"frame.{number}{suffix}" for number in range(20_000) for suffix in (".jpg", ".txt")]
+    members = [Member(name, name[-4:], "file", 512, 0) for name in names]
+    monkeypatch.setattr(tar, "walk_members", lambda *_: members)
+    write(tmp_path)
+    start = time.process_time()
+    num_candidates = 0
+    for item in read_tar(tmp_path, FILE, Counter()):
+        num_candidates += isinstance(item, Candidate)
+        assert time.process_time() - start < 3  # looked at on the way: a square would take an hour
+    assert num_candidates == 20_000
+
+
+def test_formats_that_are_not_supported_are_refused_and_their_captions_are_not(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        *[("a.heic", b"a"), ("a.txt", "a"), ("b.AVIF", b"b"), ("b.json", '{"caption": "b"}'), ("._c.heic", b"c")],
+        *[("frame.1.heic", b"1"), ("frame.1.txt", "one"), ("frame.2.jpg", b"2"), ("frame.2.txt", "two")],
+        *[("frame.3.jpg", b"3"), ("d.png", b"d"), ("d.svg", b"d"), ("d.txt", "d")],
+    )
+    candidates, rejects, notes = read(tmp_path)
+    assert candidates == {"frame.2.jpg": ("two",), "d.png": ("d",)}
+    assert rejects == {
+        "a.heic": "format not supported: .heic",
+        "b.AVIF": "format not supported: .avif",
+        "frame.1.heic": "format not supported: .heic",
+        "frame.3.jpg": NO_CAPTION,
+        "d.svg": "format not supported: .svg",
+    }
+    assert notes == {"tar member passed over: hidden file": 1}
+
+
 def test_blank_captions_are_legal_and_missing_ones_are_not(tmp_path: Path) -> None:
     write(tmp_path, ("a.jpg", b"a"), ("a.txt", " \n"), ("b.jpg", b"b"), ("c.txt", "c"), ("d.json", '{"url": "x"}'))
     candidates, rejects, notes = read(tmp_path)
@@ -242,7 +307,7 @@ def test_nothing_is_unpickled(tmp_path: Path, suffix: str) -> None:
 def test_kinds_that_are_passed_over_are_counted_and_their_number_is_bounded(tmp_path: Path) -> None:
     odd = [("0.\x1b[31m", b""), ("0." + "y" * 50, b""), *((f"0.{number}x", b"") for number in range(300))]
     hidden = [("._0.jpg", b""), ("__MACOSX/0.jpg", b""), (".cache/1.zip", b"")]
-    write(tmp_path, *hidden, ("README", b""), *odd, ("a.heic", b""), form=tarfile.USTAR_FORMAT)
+    write(tmp_path, *hidden, ("README", b""), *odd, ("a.mp4", b""), form=tarfile.USTAR_FORMAT)
     candidates, rejects, notes = read(tmp_path)
     assert not candidates and not rejects
     assert notes["tar member passed over: hidden file"] == 2
