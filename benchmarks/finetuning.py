@@ -188,9 +188,9 @@ def main(argv: Sequence[str]) -> int:
     for contestant in CONTESTANTS:
         name = contestant.name
         goal = 1.0 if contestant == CHOSEN else None  # what `tessera fit --from` does
-        for peer in (NEW.name, AS_IT_WAS.name):
+        for peer, what in ((NEW.name, "loss"), (AS_IT_WAS.name, "loss, to what it was before")):
             if peer != name:
-                rows.append(Row(f"{name}: loss", losses[name], _UNIT, peer, losses[peer] / losses[name], goal))
+                rows.append(Row(f"{name}: {what}", losses[name], _UNIT, peer, losses[peer] / losses[name], goal))
         rows.append(Row(f"{name}: right", right[name], "share of pictures", "", None, None))
     raw = {
         "model": base.origin.sha256,

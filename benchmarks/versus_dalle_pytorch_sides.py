@@ -41,9 +41,9 @@ _PEER_MODULE = "benchmarks.peers.dalle_pytorch_journey"
 
 PEER_SETTINGS: dict[str, Any] = {
     "vae": {
-        "codes": 1024,
-        "codebook_channels": 256,
-        "channels": 64,
+        "codes": 128,
+        "codebook_channels": 128,
+        "channels": 32,
         "num_layers": 3,
         "resnet_blocks": 1,
         "smooth_l1": False,
@@ -53,9 +53,9 @@ PEER_SETTINGS: dict[str, Any] = {
         "learning_rate": 3e-3,
         "warmup": 0.02,
         "first_temperature": 1.0,
-        "final_temperature": 0.0625,
-        "temperature_share": 0.8,
-        "precision": "bf16",
+        "final_temperature": 0.5,
+        "temperature_share": 1.0,
+        "precision": "fp32",
     },
     "vae_share": 0.3,
     "prior": {

@@ -187,7 +187,9 @@ def test_data_sets_of_other_things_are_one_reject(tmp_path: Path) -> None:
 
 def test_of_several_columns_of_images_the_first_is_read(tmp_path: Path) -> None:
     made = made_of([png(1)], text=["a"]).add_column("mask", [{"bytes": png(2), "path": None}])
-    spec = save(made.cast_column("mask", datasets.Image()), tmp_path / "saved")
+    with_mask = made.cast_column("mask", datasets.Image())
+    assert isinstance(with_mask, datasets.Dataset)
+    spec = save(with_mask, tmp_path / "saved")
     assert read(spec)[2] == {CAPTIONS_FROM_TEXT: 1, "column 'mask' of images passed over": 1}
     assert read_image(spec, 0) == png(1)
 
