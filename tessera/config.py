@@ -153,15 +153,11 @@ def _build(config_class: type[ConfigT], settings: Sequence[_Setting], *, source:
     node: Any = OmegaConf.structured(config_class)
     for setting in settings:
         _check_strings(setting, interpolation=interpolation)
-        nested: Any = setting.value
-        for name in reversed(setting.key.split(".")):
-            nested = {name: nested}
-        try:
-            # One at a time, because not every error of OmegaConf's names its key.
-            node = OmegaConf.merge(node, nested)
-        except OmegaConfBaseException as error:
-            expected = type_name(_field_type(config_class, setting.key, source=setting.source))
-            raise UserError(f"{setting.place}: expected {expected}, got {_show(setting.value)}") from error
+    try:
+        node = OmegaConf.merge(node, *map(_nested, settings))  # which copies the node once for all of them
+    except OmegaConfBaseException:
+        _name_the_wrong_one(config_class, node, settings)
+        raise
     try:
         missing = sorted(OmegaConf.missing_keys(node))
         if missing:
@@ -173,6 +169,23 @@ def _build(config_class: type[ConfigT], settings: Sequence[_Setting], *, source:
         raise UserError(f"{source}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, config_class)
     return config
+
+
+def _nested(setting: _Setting) -> Any:
+    nested: Any = setting.value
+    for name in reversed(setting.key.split(".")):
+        nested = {name: nested}
+    return nested
+
+
+def _name_the_wrong_one(config_class: type, node: Any, settings: Sequence[_Setting]) -> None:
+    """Merges one at a time, because not every error of OmegaConf's names its key."""
+    for setting in settings:
+        try:
+            node = OmegaConf.merge(node, _nested(setting))
+        except OmegaConfBaseException as error:
+            expected = type_name(_field_type(config_class, setting.key, source=setting.source))
+            raise UserError(f"{setting.place}: expected {expected}, got {_show(setting.value)}") from error
 
 
 def _field_type(config_class: type, key: str, *, source: str) -> Any:

@@ -239,6 +239,7 @@ def _shown(layout: SequenceLayout) -> str:
     return (
         f"{layout.text_len} text positions of {layout.text_vocab_size:,} pieces and {layout.grid_height}x"
         f"{layout.grid_width} of {layout.codebook_size:,} codes"
+        + (f" in levels {list(layout.codebook_levels)}" if layout.codebook_levels else "")
     )
 
 
