@@ -15,7 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGES = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 NOT_INSTALLED = {"benchmarks"}  # run from the checkout only
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}  # import names that differ from those of their distributions
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "huggingface_hub": "huggingface-hub",
+}  # import names that differ from those of their distributions
 
 
 def test_the_list_in_pyproject_is_what_is_in_the_tree() -> None:
