@@ -40,6 +40,7 @@ _VOCAB_SIZE = 4096  # most ids of the tokenizer, as `tessera encode` has it; sce
 _PEER_MODULE = "benchmarks.peers.dalle_pytorch_journey"
 
 PEER_SETTINGS: dict[str, Any] = {
+    # Larger ones learned less in the time, and fell apart at this rate; so did temperatures that ended at 1/16.
     "vae": {
         "codes": 128,
         "codebook_channels": 128,
@@ -57,7 +58,7 @@ PEER_SETTINGS: dict[str, Any] = {
         "temperature_share": 1.0,
         "precision": "fp32",
     },
-    "vae_share": 0.3,
+    "vae_share": 0.45,
     "prior": {
         "dim": 128,
         "depth": 4,
