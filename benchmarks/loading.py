@@ -20,6 +20,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import islice
 from multiprocessing import get_context
+from operator import mul
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -220,9 +221,12 @@ def token_figures(directory: Path, scale: Scale) -> dict[str, Any]:
             validate_every_steps=scale.steps,
         )
         result = train(replace(config, out=str(out), shards=str(shards), run_dir=str(run_dir), trainer=trainer))
-        shares = [value for _, value in read_metrics(run_dir)["waiting"]]
+        metrics = read_metrics(run_dir)
+        # in the first row workers start
+        shares, rates = ([value for _, value in metrics[name]][1:] for name in ("waiting", "tokens_per_second"))
         found[f"{workers} workers"] = {
-            "waiting": shares[1:],  # in the first row workers start
+            "waiting": shares,
+            "tokens_per_second": rates,
             "seconds_per_step": result["seconds"] / result["steps"],
             "batches_per_second": _batches_per_second(_token_source(out, shards, config), config, workers, scale),
         }
@@ -257,7 +261,8 @@ def token_rows(found: dict[str, Any]) -> Iterator[Row]:
     for workers in (0, _WORKERS):
         name, of_run = f"{_RECIPE.stem} prior on token shards, {workers} workers", found[f"{workers} workers"]
         step = of_run["seconds_per_step"]
-        waiting = median(of_run["waiting"])
+        seconds = [1 / rate for rate in of_run["tokens_per_second"]]  # all rows are of as many steps
+        waiting = sum(map(mul, of_run["waiting"], seconds)) / sum(seconds)
         yield Row(
             f"{name}: share of a step of {1000 * step:.0f} ms that is not waiting",
             1 - waiting,
