@@ -77,8 +77,8 @@ class Scale(NamedTuple):
     """which the loader makes alone"""
 
 
-_FULL = Scale(photos=2_000, batches=16, rounds=9, scenes=20_000, steps=400, token_batches=400)
-_QUICK = Scale(photos=300, batches=6, rounds=5, scenes=1_000, steps=60, token_batches=100)
+_FULL = Scale(photos=2_000, batches=48, rounds=7, scenes=20_000, steps=400, token_batches=400)
+_QUICK = Scale(photos=300, batches=16, rounds=5, scenes=1_000, steps=60, token_batches=100)
 
 
 def main(argv: Sequence[str]) -> int:

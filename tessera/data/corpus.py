@@ -2,7 +2,9 @@
 
 import math
 import os
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from tessera.atomic_write import atomic_write
 from tessera.data.ingest import OnProgress, ingest
@@ -24,7 +27,7 @@ from tessera.precision import usable_cores, usable_memory_bytes
 
 NUM_SCENES = {"train": 20_000, "validation": 1_000}
 _BATCH = 256
-_MOST_DECODING_THREADS = 8  # each loader process has its own
+_MOST_DECODING_THREADS = 8
 
 
 class Corpus(Protocol):
@@ -86,12 +89,17 @@ class LazyImages:
         if indices.ndim != 1 or (len(indices) and not 0 <= indices.min() <= indices.max() < len(self)):
             raise IndexError(f"expected a list of rows in [0, {len(self)}), got {rows!r:.100}")
         images = np.empty((len(indices), *self.shape[1:]), np.uint8)
+
+        def read(place: int) -> None:
+            images[place] = self.corpus.image(int(indices[place]))
+
         threads = _decoding_threads(self.corpus, most=_MOST_DECODING_THREADS)
-        with closing(
-            read_ahead(self.corpus.image, indices.tolist(), threads=threads, most_ahead=max(1, len(indices)))
-        ) as pictures:
-            for place, picture in enumerate(pictures):
-                images[place] = picture
+        if threads == 1:
+            for place in range(len(indices)):
+                read(place)
+        else:
+            with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+                deque(pool.map(read, range(len(indices))), maxlen=0)
         return images
 
 
@@ -265,7 +273,9 @@ def _decoding_threads(corpus: Corpus, *, most: int | None = None) -> int:
     """Decoders release Python's lock; drawing does not, and fonts are not made for several threads."""
     if not isinstance(corpus, ManifestCorpus):
         return 1
-    return usable_cores() if most is None else min(most, usable_cores())
+    loader_process = get_worker_info()
+    cores = max(1, usable_cores() // (1 if loader_process is None else loader_process.num_workers))
+    return cores if most is None else min(most, cores)
 
 
 def _reported(corpus: Corpus, on_progress: OnProgress | None) -> Iterator[NDArray[np.uint8]]:

@@ -1,16 +1,22 @@
 """Batches in keyed order: the same stream whatever the number of workers, and from any step on."""
 
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tessera.data.order import SampleKey, sample_keys
 
 Batch = dict[str, Tensor]
+
+# Tensors of a batch go from process to process in shared memory, of which each costs a connection between the two.
+_SENT_BY_VALUE_BYTES = 2**18
 
 
 class BatchSource(Protocol):
@@ -62,6 +68,8 @@ class KeyedLoader:
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self.start_step, self.rank, self.world_size, self.num_workers = start_step, rank, world_size, num_workers
         self.accumulate = accumulate
+        self.waited_seconds = 0.0
+        """for how long whoever iterates has waited for batches"""
 
     def keys(self, step: int) -> list[SampleKey]:
         """This rank's draws of optimizer step `step`."""
@@ -78,9 +86,18 @@ class KeyedLoader:
             step += 1
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.num_workers == 0:
-            for keys in self.parts():
-                yield self.source.batch(keys)
+        batches = self._made_here() if self.num_workers == 0 else self._made_by_workers()
+        while True:
+            began = time.monotonic()
+            batch = next(batches)
+            self.waited_seconds += time.monotonic() - began
+            yield batch
+
+    def _made_here(self) -> Iterator[Batch]:
+        for keys in self.parts():
+            yield self.source.batch(keys)
+
+    def _made_by_workers(self) -> Iterator[Batch]:
         loader = DataLoader(
             _BatchDataset(self.source),
             sampler=_PartSampler(self),
@@ -88,9 +105,16 @@ class KeyedLoader:
             num_workers=self.num_workers,
             prefetch_factor=4,
             worker_init_fn=_leave_interrupts_to_training,
+            collate_fn=_small_by_value,  # type: ignore[arg-type]
             generator=torch.Generator(),  # or beginning would draw from the generator that training draws from
         )
-        yield from loader
+        for received in loader:
+            yield {name: torch.as_tensor(value) for name, value in received.items()}
+
+
+def _small_by_value(batch: Batch) -> dict[str, Tensor | NDArray[np.generic]]:
+    """What a worker sends: arrays are pickled."""
+    return {name: tensor if tensor.nbytes > _SENT_BY_VALUE_BYTES else tensor.numpy() for name, tensor in batch.items()}
 
 
 def _leave_interrupts_to_training(worker: int) -> None:

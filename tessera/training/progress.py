@@ -48,6 +48,7 @@ class ProgressLine(Callback):
         name: what is being trained.
         clock: knows the progress.
         batch_size: samples per step, over all processes.
+        waited: gives the seconds for which training has waited for data so far.
         unit: what is counted, in the plural: images, tokens.
         per_sample: so many units in one sample.
         operations: gives the floating-point operations of training on one sample, see `count_operations`; asked once,
@@ -61,19 +62,21 @@ class ProgressLine(Callback):
         clock: ProgressClock,
         *,
         batch_size: int,
+        waited: Callable[[], float],
         unit: str = "images",
         per_sample: int = 1,
         operations: Callable[[], int] | None = None,
         every_seconds: float = 20.0,
     ) -> None:
         self.name, self.clock, self.batch_size = name, clock, batch_size
+        self.waited = waited
         self.unit, self.per_sample, self.operations = unit, per_sample, operations
         self.every_seconds = every_seconds
         self._bar: Progress | None = None
         self._shown_at = 0.0
         self._first_step = 0
         self._ended_at = 0.0  # the latest batch, or the validation after it
-        self._waited = self._paused = 0.0
+        self._paused = 0.0
         # The older of two, so that a line tells of at least as many steps as a row of the metrics.
         self._marks: deque[_Mark] = deque(maxlen=2)
         self._utilization_per_sample = 0.0  # of all devices together, at one sample per second
@@ -83,7 +86,7 @@ class ProgressLine(Callback):
             return
         self._utilization_per_sample = self._share_of_peak(trainer)
         self._first_step = trainer.global_step
-        self._waited = self._paused = 0.0
+        self._paused = 0.0
         self._ended_at = time.monotonic()
         self._marks.clear()
         self._marks.append(self._mark(self._first_step, self._ended_at))
@@ -94,11 +97,6 @@ class ProgressLine(Callback):
             )
             self._task = self._bar.add_task(self.name, total=1.0)
             self._bar.start()
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._waited += time.monotonic() - self._ended_at
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -132,7 +130,7 @@ class ProgressLine(Callback):
         self._stop()
 
     def _mark(self, step: int, now: float) -> _Mark:
-        return _Mark(step, now - self._paused, self._waited)
+        return _Mark(step, now - self._paused, self.waited())
 
     def _figures(self, since: _Mark, now: _Mark) -> dict[str, float]:
         seconds = max(now.seconds - since.seconds, 1e-9)

@@ -158,6 +158,16 @@ def run_training(
             f"(trainer.accumulate); got {config.batch_size}"
         )
 
+    loader = KeyedLoader(
+        source,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=start_step,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        accumulate=config.accumulate,
+        num_workers=config.num_workers,
+    )
     clock = ProgressClock(optim, max_steps=config.max_steps, budget_seconds=config.budget_seconds)
     saver = Saver(
         checkpoint_dir, every_seconds=config.checkpoint_every_seconds, every_steps=config.checkpoint_every_steps
@@ -198,6 +208,7 @@ def run_training(
                     name,
                     clock,
                     batch_size=config.batch_size,
+                    waited=lambda: loader.waited_seconds,
                     unit=unit,
                     per_sample=per_sample,
                     operations=operations,
@@ -216,16 +227,6 @@ def run_training(
             enable_model_summary=False,
             enable_checkpointing=False,
             use_distributed_sampler=False,
-        )
-        loader = KeyedLoader(
-            source,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start_step=start_step,
-            rank=processes.rank,
-            world_size=processes.world_size,
-            accumulate=config.accumulate,
-            num_workers=config.num_workers,
         )
         # a bare list would be taken for several loaders
         validation_loader = (

@@ -1,5 +1,6 @@
 """Batches: the same stream for any number of workers and ranks, and from any step on."""
 
+import time
 from collections.abc import Sequence
 from itertools import islice
 
@@ -37,6 +38,39 @@ def test_a_resumed_loader_continues_the_stream() -> None:
 
 def test_workers_do_not_change_the_stream() -> None:
     assert first_batches(5, num_workers=2) == first_batches(5)
+
+
+class Tables:
+    """A source of batches with one small and one large tensor."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def batch(self, keys: Sequence[SampleKey]) -> dict[str, torch.Tensor]:
+        indices = torch.tensor([key.index for key in keys])
+        return {"index": indices, "table": indices.to(torch.float16)[:, None].expand(-1, 2**17).contiguous()}
+
+
+def test_batches_of_workers_are_tensors_of_their_own_however_large() -> None:
+    here = next(iter(KeyedLoader(Tables(), batch_size=4, seed=0)))
+    received = next(iter(KeyedLoader(Tables(), batch_size=4, seed=0, num_workers=1)))
+    for name, tensor in received.items():
+        assert tensor.dtype == here[name].dtype and torch.equal(tensor, here[name])
+        tensor.add_(1)  # writable
+
+
+def test_time_spent_waiting_for_batches_is_counted() -> None:
+    class Slow(Numbers):
+        def batch(self, keys: Sequence[SampleKey]) -> dict[str, torch.Tensor]:
+            time.sleep(0.01)
+            return super().batch(keys)
+
+    loader = KeyedLoader(Slow(), batch_size=4, seed=0)
+    for _ in islice(loader, 3):
+        waited = loader.waited_seconds
+        time.sleep(0.01)  # the consumer's own time
+        assert loader.waited_seconds == waited
+    assert loader.waited_seconds >= 0.03
 
 
 def test_ranks_share_each_batch() -> None:

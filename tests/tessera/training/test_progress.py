@@ -33,7 +33,7 @@ class Training:
     progress = 0.5
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, rank: int = 0, **options: Any) -> None:
-        self.now = 1000.0
+        self.now, self.waited = 1000.0, 0.0
         monkeypatch.setattr("tessera.training.progress.time", SimpleNamespace(monotonic=lambda: self.now))
         monkeypatch.setattr(ProgressClock, "seconds", property(lambda clock: self.now - 1000.0))
         clock = ProgressClock(OptimizerConfig(), max_steps=1000, budget_seconds=options.pop("budget_seconds", None))
@@ -48,7 +48,7 @@ class Training:
             loggers=[self],
         )
         self.logged: list[dict[str, float]] = []
-        self.line = cast(Any, ProgressLine("test", clock, batch_size=8, **options))
+        self.line = cast(Any, ProgressLine("test", clock, batch_size=8, waited=lambda: self.waited, **options))
         self.line.on_train_start(self.trainer, self)
 
     def log_metrics(self, figures: dict[str, float], step: int) -> None:
@@ -56,9 +56,8 @@ class Training:
         self.logged.append(figures)
 
     def batch(self, *, ends_step: bool = True) -> None:
-        self.now += 1
-        self.line.on_train_batch_start(self.trainer, self, None, 0)
-        self.now += 3
+        self.waited += 1
+        self.now += 4
         self.trainer.global_step += ends_step
         self.line.on_train_batch_end(self.trainer, self, None, None, 0)
 
