@@ -94,13 +94,13 @@ class TokenBatches:
     def batch(self, keys: Sequence[SampleKey]) -> dict[str, torch.Tensor]:
         rows = self.rows[[key.index for key in keys]]
         seeds = np.array([key.seed for key in keys])
-        draws = mix(seeds, 1)  # which caption
-        dropped = mix(seeds, 2) < np.uint64(self.condition_dropout * 2**64)
-        views = (mix(seeds, 3) % np.uint64(self.num_views)).astype(np.int64)
+        draws, conditions, crops = mix(seeds, np.array([[1], [2], [3]]))  # each uint64 [B]
+        dropped = conditions < np.uint64(self.condition_dropout * 2**64)
+        views = (crops % np.uint64(self.num_views)).astype(np.int64)
         captions = []
-        for row, draw, drop in zip(rows, draws, dropped, strict=True):
-            choices = self.shards.captions(int(row))
-            captions.append("" if drop else choices[int(draw) % len(choices)])
+        for row, draw, drop in zip(rows.tolist(), draws.tolist(), dropped.tolist(), strict=True):
+            choices = self.shards.captions(row)
+            captions.append("" if drop else choices[draw % len(choices)])
         text_ids = self.tokenizer.encode_batch(
             captions, text_len=self.shards.index.text_len, dropout=self.bpe_dropout, seeds=[key.seed for key in keys]
         )

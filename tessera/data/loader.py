@@ -1,5 +1,6 @@
 """Batches in keyed order: the same stream whatever the number of workers, and from any step on."""
 
+import itertools
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tessera.data.order import SampleKey, sample_keys
 
 Batch = dict[str, Tensor]
+
+_DRAWN_AT_ONCE = 1024
 
 # Tensors of a batch go from process to process in shared memory, of which each costs a connection between the two.
 _SENT_BY_VALUE_BYTES = 2**18
@@ -71,19 +74,17 @@ class KeyedLoader:
         self.waited_seconds = 0.0
         """for how long whoever iterates has waited for batches"""
 
-    def keys(self, step: int) -> list[SampleKey]:
-        """This rank's draws of optimizer step `step`."""
-        keys = sample_keys(step * self.batch_size, self.batch_size, size=len(self.source), seed=self.seed)
-        return keys[self.rank :: self.world_size]
-
     def parts(self) -> Iterator[list[SampleKey]]:
         """The draws of one batch after the other, without end."""
-        step = self.start_step
-        while True:
-            keys = self.keys(step)
-            for part in range(self.accumulate):
-                yield keys[part :: self.accumulate]
-            step += 1
+        at_once = max(1, _DRAWN_AT_ONCE // self.batch_size)  # steps; drawing takes as long for many as for one
+        for first in itertools.count(self.start_step, at_once):
+            keys = sample_keys(
+                first * self.batch_size, at_once * self.batch_size, size=len(self.source), seed=self.seed
+            )
+            for begin in range(self.rank, len(keys), self.batch_size):
+                of_rank = keys[begin : begin - self.rank + self.batch_size : self.world_size]
+                for part in range(self.accumulate):
+                    yield of_rank[part :: self.accumulate]
 
     def __iter__(self) -> Iterator[Batch]:
         batches = self._made_here() if self.num_workers == 0 else self._made_by_workers()

@@ -97,7 +97,8 @@ class TokenShards:
             if not (directory / name).exists():
                 raise UserError(f"{directory / name} is missing: encode again with `tessera encode`")
         self._offsets = np.fromfile(directory / _OFFSETS, dtype="<i8")
-        self._captions = np.memmap(directory / _CAPTIONS, dtype=np.uint8, mode="r")
+        # Still mapped, but a slice of a memmap takes several times as long as one of an array.
+        self._captions = np.asarray(np.memmap(directory / _CAPTIONS, dtype=np.uint8, mode="r"))
         if len(self._offsets) != self.index.num_samples + 1 or self._offsets[-1] > len(self._captions):
             raise UserError(f"the captions in {directory} are truncated: encode again with `tessera encode`")
 
