@@ -77,7 +77,7 @@ class Scale(NamedTuple):
     """which the loader makes alone"""
 
 
-_FULL = Scale(photos=2_000, batches=48, rounds=7, scenes=20_000, steps=400, token_batches=400)
+_FULL = Scale(photos=2_000, batches=32, rounds=11, scenes=20_000, steps=400, token_batches=400)
 _QUICK = Scale(photos=300, batches=16, rounds=5, scenes=1_000, steps=60, token_batches=100)
 
 
