@@ -86,7 +86,8 @@ class DiscreteVAELit(pl.LightningModule):
     def _log_usage(self) -> None:
         usage = self._window.usage()
         self.log_dict({"usage": usage.share, "perplexity": usage.perplexity, "dead_codes": float(usage.dead)})
-        if not self._warned and self.progress > _COLLAPSED_FROM and usage.share < _COLLAPSED_SHARE:
+        collapsed = self.progress > _COLLAPSED_FROM and usage.share < _COLLAPSED_SHARE
+        if collapsed and not self._warned and self.trainer.is_global_zero:
             self._warned = True
             _logger.warning(
                 "only %d of %d codes are in use, the codebook has collapsed: pictures may be too much alike, or "

@@ -23,6 +23,9 @@ from tessera.training.processes import like, part_here, whole
 # The quintic iteration of the Muon write-up: coefficients chosen for slope at zero, five rounds in bf16.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_ROUNDS = 5
+# Numbers in the matrices that are made orthogonal together: a product of many is faster, but all updates of a step at
+# once would take as much memory as the weights, and whole ones in every process where each holds a part.
+_ORTHOGONALIZED_AT_ONCE = 2**27
 # A step of size 0.2 sqrt(max(rows, columns)) has AdamW's typical root mean square, so that both kinds of parameter
 # share one learning rate (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2).
 _ADAMW_MATCH = 0.2
@@ -163,7 +166,17 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _step_muon(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+        by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        for parameter in parameters:
+            by_shape[parameter.shape].append(parameter)
+        for shape, alike in by_shape.items():
+            at_once = max(1, _ORTHOGONALIZED_AT_ONCE // shape.numel())
+            for first in range(0, len(alike), at_once):
+                self._step_alike(alike[first : first + at_once], group)
+
+    def _step_alike(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """The step of parameters of one shape."""
+        updates = []  # [rows, columns] each
         for parameter in parameters:
             gradient = parameter.grad
             assert gradient is not None
@@ -171,16 +184,14 @@ class MuonAdamW(torch.optim.Optimizer):
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(parameter)
             state["momentum"].lerp_(gradient, 1 - group["momentum"])
-            # Nesterov, [rows, columns]; whole where processes hold parts, for no part of it knows the directions
-            update = whole(gradient.lerp(state["momentum"], group["momentum"])).flatten(1)
-            by_shape[tuple(update.shape)].append((parameter, update))  # type: ignore[index]
-        for (rows, columns), entries in by_shape.items():
-            orthogonal = orthogonalize(torch.stack([update for _, update in entries]), dtype=self.product_dtype)
-            scale = _ADAMW_MATCH * math.sqrt(max(rows, columns))
-            for (parameter, _), update in zip(entries, orthogonal.unbind(0), strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                change = like(update.reshape(parameter.shape).to(parameter.dtype), parameter)
-                part_here(parameter).add_(part_here(change), alpha=-group["lr"] * scale)
+            # Nesterov; whole where processes hold parts, for no part of it knows the directions
+            updates.append(whole(gradient.lerp(state["momentum"], group["momentum"])).flatten(1))
+        orthogonal = orthogonalize(torch.stack(updates), dtype=self.product_dtype)
+        scale = _ADAMW_MATCH * math.sqrt(max(orthogonal.shape[1:]))
+        for parameter, update in zip(parameters, orthogonal.unbind(0), strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            change = like(update.reshape(parameter.shape).to(parameter.dtype), parameter)
+            part_here(parameter).add_(part_here(change), alpha=-group["lr"] * scale)
 
     def _step_adamw(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]

@@ -22,6 +22,30 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape: tuple[int,
     assert cosine.min() > 0.95
 
 
+def test_few_matrices_at_once_are_updated_like_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    def counted(matrices: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+        counts.append(len(matrices))
+        return orthogonalize(matrices, dtype=dtype)
+
+    monkeypatch.setattr("tessera.training.optim.orthogonalize", counted)
+
+    def trained(at_once: int) -> list[torch.Tensor]:
+        monkeypatch.setattr("tessera.training.optim._ORTHOGONALIZED_AT_ONCE", at_once)
+        draw = torch.Generator().manual_seed(0)
+        matrices = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in [(6, 4)] * 5 + [(4, 6)]]
+        optimizer = MuonAdamW(matrices, [], OptimizerConfig(learning_rate=0.1))
+        for _ in range(2):
+            for matrix in matrices:
+                matrix.grad = torch.randn(matrix.shape, generator=draw)
+            optimizer.step()
+        return matrices
+
+    torch.testing.assert_close(trained(2 * 6 * 4), trained(2**20))
+    assert counts == [2, 2, 1, 1] * 2 + [5, 1] * 2
+
+
 def test_the_rest_is_updated_like_adamw() -> None:
     torch.manual_seed(0)
     ours = nn.Parameter(torch.randn(7))
