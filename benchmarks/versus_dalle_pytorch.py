@@ -170,7 +170,7 @@ def sheet(
             [verdicts[0] for verdicts in peer.by_prompt],
         ),
         Shown(
-            "Tessera, first picture",
+            "Tessera, first one",
             samples[np.arange(count), first],
             [verdicts[place] for verdicts, place in zip(ours.by_prompt, first, strict=True)],
         ),

@@ -269,10 +269,10 @@ def main(argv: Sequence[str]) -> int:
 def _memorization(arguments: argparse.Namespace, data: DataConfig) -> Memorization:
     pipeline = Pipeline.load(arguments.model, device=arguments.device, precision=arguments.precision)
     data = replace(data, image_size=drawn_size(pipeline.prior, pipeline.vae))
+    training = data.open("train")  # which may have a bar of its own
+    held_out = data.open("validation", beside=training)
     with counting("looking for copies") as on_progress:
-        return memorization(
-            pipeline, data.open("train"), data.open("validation"), seed=arguments.seed, on_progress=on_progress
-        )
+        return memorization(pipeline, training, held_out, seed=arguments.seed, on_progress=on_progress)
 
 
 def _parser() -> OneLineParser:

@@ -160,6 +160,7 @@ def open_training_split(data: DataConfig, say: Say) -> Corpus:
         )
     if isinstance(corpus, ManifestCorpus):
         say(corpus.manifest.summary())
-        if len(corpus.manifest.rejects) and data.cache_path is not None:
-            say(f"what was refused, and why: {data.cache_path / REJECTS_NAME}")
+        rejects = corpus.manifest.path.with_name(REJECTS_NAME)
+        if len(corpus.manifest.rejects) and data.cache_path is not None and rejects.exists():
+            say(f"what was refused, and why: {rejects}")
     return corpus

@@ -15,6 +15,8 @@ _LINE_EVERY_SECONDS = 20.0
 def counting(what: str) -> Iterator[Callable[[int, int | None], None]]:
     """Gives a function of (done, in all or None where that is not known) that moves the bar.
 
+    There is none before the first call, so that a bar of something that has to be done first can be in its place.
+
     Args:
         what: the activity, in a word or two.
     """
@@ -30,9 +32,17 @@ def counting(what: str) -> Iterator[Callable[[int, int | None], None]]:
         TimeRemainingColumn(),
     )
     # Redirected, what a program prints would go to the terminal, and not to where its output is sent.
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    progress = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+    task = progress.add_task(what, total=None)
+
+    def show(done: int, total: int | None) -> None:
+        progress.update(task, completed=done, total=total)
+        progress.start()  # once is enough, more does no harm
+
+    try:
+        yield show
+    finally:
+        progress.stop()
 
 
 def _lines(what: str) -> Callable[[int, int | None], None]:

@@ -1,11 +1,19 @@
 """Which images to train on, and at what size: the `data` section of every stage's configuration."""
 
+import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from torch import distributed
+
 from tessera.data.corpus import Corpus, ManifestCorpus, open_corpus
+from tessera.data.ingest import OnProgress
+from tessera.data.manifest import REJECTS_NAME
 from tessera.errors import UserError
+from tessera.progress import counting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +53,9 @@ class DataConfig:
     def open(self, split: Literal["train", "validation"], *, beside: Corpus | None = None) -> Corpus:
         """The corpus of one split.
 
+        Where image files have to be checked for it, the first process shows how far that is and then says, on stderr
+        and once, what was kept, what was refused and why.
+
         Args:
             split: "train", or "validation" for pictures that are never trained on.
             beside: the other split, if it is open: image files are not looked at again then.
@@ -57,12 +68,38 @@ class DataConfig:
             limit = max(1, limit // 20)
         if isinstance(beside, ManifestCorpus):
             return ManifestCorpus(beside.manifest, image_size=self.image_size, split=split, limit=limit)
-        return open_corpus(
-            self.path,
-            image_size=self.image_size,
-            split=split,
-            seed=self.seed,
-            limit=limit,
-            font=self.font,
-            cache_dir=self.cache_path,
-        )
+        with ExitStack() as shown:
+            bars: list[OnProgress] = []  # one, if images are checked; none, where a manifest is only read
+
+            def show(done: int, total: int | None) -> None:
+                if not bars:
+                    bars.append(shown.enter_context(counting("checking images")))
+                bars[0](done, total)
+
+            corpus = open_corpus(
+                self.path,
+                image_size=self.image_size,
+                split=split,
+                seed=self.seed,
+                limit=limit,
+                font=self.font,
+                cache_dir=self.cache_path,
+                on_progress=show if _is_first_process() else None,
+            )
+        if bars and isinstance(corpus, ManifestCorpus):
+            lines = [corpus.manifest.summary()]
+            if len(corpus.manifest.rejects) and self.cache_path is not None:
+                lines.append(f"what was refused, and why: {corpus.manifest.path.with_name(REJECTS_NAME)}")
+            _say_once(self.path, "\n".join(lines))
+        return corpus
+
+
+@lru_cache(maxsize=64)
+def _say_once(path: str, text: str) -> None:
+    """Without a folder to keep manifests in, each split that is opened is an ingest of its own, and finds the same."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _is_first_process() -> bool:
+    """As `tessera.training.processes` has it, which needs Lightning."""
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

@@ -42,7 +42,8 @@ def ingest(
             and not checked again.
         directory: where the manifest is written. If there is one already and no file has changed since, it is read
             instead. None writes to a temporary folder that goes with the manifest.
-        on_progress: called with (images done, images in all, or None while nobody knows).
+        on_progress: called with (images done, images in all, or None while nobody knows): at least once where images
+            have to be checked, and never where a manifest is only read.
 
     Raises:
         UserError: nothing is there, or nothing of it can be used; the message gives the commonest reason.

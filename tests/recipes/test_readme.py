@@ -1,4 +1,4 @@
-"""The commands and the Python of README.md and docs/sampling.md: understood, and the quick ones run on a tiny model."""
+"""Commands and Python of README.md and two pages of docs: understood, and the quick ones run on a tiny model."""
 
 import glob
 import importlib
@@ -36,7 +36,7 @@ def commands_in(text: str) -> list[str]:
     return found
 
 
-PAGES = (README, ROOT / "docs" / "sampling.md")
+PAGES = (README, ROOT / "docs" / "sampling.md", ROOT / "docs" / "finetuning.md")
 COMMAND_LINES = [line for page in PAGES if page.exists() for line in commands_in(page.read_text(encoding="utf-8"))]
 every_command = pytest.mark.parametrize("line", COMMAND_LINES)
 
@@ -71,12 +71,13 @@ def test_a_command_of_the_readme_is_understood(line: str, monkeypatch: pytest.Mo
 
 def make_files(folder: Path, model: Path) -> None:
     """The files that the pages' examples name."""
-    for name in ("my-model", "my-emoji"):
+    for name in ("my-model", "my-emoji", "my-pets"):
         (folder / name).symlink_to(model)
     photo = Image.new("RGB", (20, 16), "red")
     mask = Image.new("L", (20, 16))
     mask.paste(255, (0, 8, 10, 16))
-    for name, picture in (("photo.jpg", photo), ("photo.png", photo), ("mask.png", mask)):
+    (folder / "pets").mkdir()
+    for name, picture in (("photo.jpg", photo), ("photo.png", photo), ("mask.png", mask), ("pets/cat.jpg", photo)):
         picture.save(folder / name)
     for name, color in (("a.png", "blue"), ("b.png", "red")):
         Image.new("RGB", (16, 16), color).save(folder / name)

@@ -36,3 +36,16 @@ def test_a_bar_leaves_the_output_of_a_program_where_it_was_sent(monkeypatch: pyt
     with counting("checking images") as on_progress:
         on_progress(1, 2)
         assert (sys.stdout, sys.stderr) == streams
+
+
+def test_a_terminal_sees_no_bar_before_there_is_something_to_count(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with counting("judging prompts"):
+        pass
+    assert capsys.readouterr().err == ""
+    with counting("judging prompts") as on_progress:
+        on_progress(1, 2)
+        on_progress(2, 2)
+    assert "judging prompts" in capsys.readouterr().err

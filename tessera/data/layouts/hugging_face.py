@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 from tessera.data.candidates import Candidate, Location, Reject
 from tessera.data.captions import CAPTION_COLUMNS, caption_columns, clean_captions, row_captions
 from tessera.data.images import ImageError, read_file
+from tessera.data.layouts.parquet import NO_CAPTION
 from tessera.data.reading import HUB_PREFIX, OUTSIDE
 from tessera.errors import UserError
 
 DEFAULT_SPLIT = "train"
 
-NO_CAPTION = "no caption: expected a column text, caption, captions or prompt with a value"
 NO_IMAGE = "no image in this row"
 NO_COLUMN = "no column of images: expected one of the type datasets.Image"
 

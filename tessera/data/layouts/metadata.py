@@ -2,7 +2,9 @@
 
     photos/metadata.jsonl  (or .csv, .tsv, .parquet)      rows of file_name and text, for images in its folder and below
 
-Other names of the two columns are guessed, and the guess is noted. Rows are read one after the other.
+Other names of the two columns are guessed, and the guess is noted: also image_file_name and the like, by which rows of
+several images name each of them; of two such columns nobody knows which one the caption speaks of. Rows are read one
+after the other.
 """
 
 import codecs
@@ -26,6 +28,7 @@ from tessera.errors import UserError
 METADATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 METADATA_NAMES = tuple(f"metadata{suffix}" for suffix in METADATA_SUFFIXES)
 FILE_COLUMNS = ("file_name", "filename", "image", "image_path", "filepath", "path")
+FILE_SUFFIX = "_file_name"  # of columns that Hugging Face's imagefolder reads as file names, too
 
 NO_IMAGE_FOR_ROW = "no image for metadata row"
 
@@ -36,6 +39,7 @@ _HINTS = {
 }
 _MOST_LINE_BYTES = 16 * 2**20
 _ROWS_AT_ONCE = 1024
+_MOST_SHOWN_CHARACTERS = 100
 
 
 class _Row(NamedTuple):
@@ -68,11 +72,17 @@ def read_metadata(root: Path, file: str, notes: Counter[str]) -> Iterator[Candid
             notes[f"column {column!r} of a metadata file taken as {wanted!r}"] += 1
 
     folder = posixpath.dirname(file)
+    several = ""  # one reason for a table, however its rows differ: reasons are counted in memory
     for place, row in _rows(root, file, notes):
         if isinstance(row, str):
             yield Reject(place, row)
             continue
-        column, name = _first(row, FILE_COLUMNS)
+        others = _other_file_columns(row)
+        if len(others) > 1:
+            several = several or _which_of(others)
+            yield Reject(place, several)
+            continue
+        column, name = _first(row, FILE_COLUMNS + others)
         if not isinstance(name, str) or not name:
             yield Reject(place, "metadata row without file_name")
             continue
@@ -166,7 +176,7 @@ def _parquet_rows(path: Path, file: str, notes: Counter[str]) -> Iterator[_Row]:
     numbers = itertools.count()
     try:
         with parquet.ParquetFile(path) as table:
-            names = [name for name in table.schema_arrow.names if _key(name) in FILE_COLUMNS + CAPTION_COLUMNS]
+            names = [name for name in table.schema_arrow.names if _is_used(_key(name))]
             for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=names):
                 yield from (_Row(f"{file} row {next(numbers)}", row) for row in rows_of(batch))
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: names of columns that are not UTF-8
@@ -191,6 +201,23 @@ def _lines(path: Path, notes: Counter[str]) -> Iterator[str]:
                     notes[NOTE_LATIN_1] += 1
                 is_latin_1 = True
                 yield line.decode("latin-1")
+
+
+def _other_file_columns(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns of a row that end like `image_file_name`, with a value or without; none beside a known column."""
+    keys = [_key(name) for name in row if isinstance(name, str)]
+    is_known = any(key in FILE_COLUMNS for key in keys)
+    return () if is_known else tuple(key for key in keys if key.endswith(FILE_SUFFIX))
+
+
+def _which_of(columns: tuple[str, ...]) -> str:
+    # Without a colon: what stands behind one is not in the summary.
+    shown = " and ".join(map(repr, columns))[:_MOST_SHOWN_CHARACTERS]
+    return f"metadata row without file_name but with {shown}, rename the one to read to file_name"
+
+
+def _is_used(key: str) -> bool:
+    return key in FILE_COLUMNS or key in CAPTION_COLUMNS or key.endswith(FILE_SUFFIX)
 
 
 def _first(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, Any]:

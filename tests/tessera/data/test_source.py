@@ -1,3 +1,4 @@
+import ast
 import io
 import json
 import tarfile
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from tessera.data import source as source_module
 from tessera.data.candidates import Candidate, Location, Reject
 from tessera.data.ingest import ingest
 from tessera.data.layouts.coco import read_coco
@@ -18,6 +20,8 @@ from tessera.data.layouts.folder import NOTE_BESIDE_SHARD, NOTE_NO_IMAGES_INSIDE
 from tessera.data.manifest_corpus import ManifestCorpus
 from tessera.data.source import find_source
 from tessera.errors import UserError
+
+LAYOUTS = Path(source_module.__file__).with_name("layouts")
 
 
 def png(number: int) -> bytes:
@@ -226,3 +230,13 @@ def test_other_files_are_refused_with_what_would_be_right(tmp_path: Path, name: 
     save(tmp_path / name, "{}")
     with pytest.raises(UserError, match=rf"{name} is not a folder of captioned images, a \.tar, .* or hf:NAME"):
         find_source(str(tmp_path / name))
+
+
+def test_what_layouts_say_in_the_same_words_stands_in_one_place() -> None:
+    assigned = Counter(
+        node.value.value
+        for file in LAYOUTS.glob("*.py")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    )
+    assert assigned and [text for text, count in assigned.items() if count > 1] == []

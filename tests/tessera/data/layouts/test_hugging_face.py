@@ -17,7 +17,6 @@ from tessera.data.candidates import Candidate, Location, Reject
 from tessera.data.images import ImageError
 from tessera.data.layouts import hugging_face
 from tessera.data.layouts.hugging_face import (
-    NO_CAPTION,
     NO_COLUMN,
     NO_IMAGE,
     dataset_fingerprint,
@@ -25,6 +24,7 @@ from tessera.data.layouts.hugging_face import (
     read_dataset,
     read_image,
 )
+from tessera.data.layouts.parquet import NO_CAPTION
 from tessera.errors import UserError
 
 CAPTIONS_FROM_TEXT = "captions taken from column 'text'"

@@ -163,6 +163,58 @@ def test_guessed_columns_are_noted_once_a_table(tmp_path: Path) -> None:
     assert not notes, "the standard names are no guess"
 
 
+def write_table(path: Path, rows: list[dict[str, str | None]]) -> None:
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        lines = [rows[0].keys(), *([value or "" for value in row.values()] for row in rows)]
+        path.write_text("\n".join(map(",".join, lines)))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_the_only_column_that_ends_like_a_file_name_names_the_image(tmp_path: Path, suffix: str) -> None:
+    touch(tmp_path, "a.png", "b.png")
+    path = tmp_path / f"x{suffix}"
+    write_table(path, [{"Image_File_Name": f"{name}.png", "text": name} for name in "ab"])
+    assert captions(path) == [("a.png", ("a",)), ("b.png", ("b",))]
+    notes: Counter[str] = Counter()
+    read(path, notes)
+    assert notes == {"column 'Image_File_Name' of a metadata file taken as 'file_name'": 1}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_of_several_such_columns_none_is_guessed(tmp_path: Path, suffix: str) -> None:
+    touch(tmp_path, "a.png", "m.png")
+    path = tmp_path / f"x{suffix}"
+    row: dict[str, str | None] = {"image_file_name": "a.png", "mask_file_name": "m.png", "text": "a cat"}
+    write_table(path, [row, {**row, "image_file_name": None}])
+    (reason,) = {item.reason if isinstance(item, Reject) else "kept" for item in read(path)}
+    assert reason == (
+        "metadata row without file_name but with 'image_file_name' and 'mask_file_name', "
+        "rename the one to read to file_name"
+    )
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("column", ["file_name", "image"])
+def test_known_columns_go_before_those_that_end_like_them(tmp_path: Path, suffix: str, column: str) -> None:
+    touch(tmp_path, "a.png", "m.png")
+    path = tmp_path / f"x{suffix}"
+    masked: dict[str, str | None] = {"mask_file_name": "m.png", "text": "a cat", column: "a.png"}
+    write_table(path, [masked, {**masked, column: None}])
+    assert captions(path) == [("a.png", ("a cat",))], "a mask is no picture of what the caption says"
+    assert list(reasons(path).values()) == ["metadata row without file_name"]
+
+
+def test_rows_of_ever_other_columns_are_counted_as_one_reason(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps({f"{n}_file_name": "a", f"{n}b_file_name": "b"}) for n in range(50)))
+    found = reasons(path)
+    assert len(found) == 50 and len(set(found.values())) == 1
+
+
 def test_rows_that_name_no_image_are_rejected_by_line(tmp_path: Path) -> None:
     lines = [
         "not json",
