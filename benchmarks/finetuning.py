@@ -23,8 +23,10 @@ from PIL import Image
 
 from benchmarks.record import Row, write_results
 from dvae.encode import encode
+from recipes.continuing import CONTINUED_RATE, MOST_CONTINUED_EPOCHS
 from recipes.origin import Base, open_base, take_over
-from recipes.plan import CONTINUED_RATE, MOST_CONTINUED_EPOCHS, DataFacts, Plan, draft
+from recipes.plan import Plan, draft
+from recipes.plan_sizes import DataFacts
 from recipes.speed import measure_machine
 from sampling.pipeline import Pipeline
 from tessera.data.config import DataConfig

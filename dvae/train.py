@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,6 +79,12 @@ class TrainConfig:
     """receives checkpoints, metrics and pictures; the same command resumes from it"""
 
 
+class _Mapped(NamedTuple):
+    """An array in a file, as `open_images` gives it."""
+
+    path: str
+
+
 class ImageBatches:
     """A `BatchSource` over images, mirrored and cropped at random.
 
@@ -108,6 +114,17 @@ class ImageBatches:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A loader process that is started afresh maps the file itself; what is mapped would be sent to each of them.
+        images = self.images
+        return {**self.__dict__, "images": _Mapped(str(images.filename)) if isinstance(images, np.memmap) else images}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        images = state["images"]
+        if isinstance(images, _Mapped):
+            images = np.load(images.path, mmap_mode="r")
+        self.__dict__.update(state, images=images)
 
     def batch(self, keys: Sequence[SampleKey]) -> dict[str, torch.Tensor]:
         chosen = np.asarray(self.images[[key.index for key in keys]])  # [B, H, W, 3], a copy

@@ -1,7 +1,7 @@
-"""What training a dVAE takes: parameters are counted, a few steps timed.
+"""What training a dVAE takes: parameters are counted, passes and updates timed.
 
-Speed is measured here, with steps on random pixels. Memory is estimated: what a step keeps for its backward pass,
-counted tensor by tensor, and what weights and optimizer hold.
+Speed is measured here, on random pixels. Memory is estimated: what a pass keeps for its way back, counted tensor by
+tensor, and what weights and optimizer hold.
 """
 
 import math
@@ -13,15 +13,16 @@ from torch import Tensor
 
 from dvae.model import DiscreteVAE
 from dvae.train import TrainConfig, objective_of
-from recipes.estimate_timing import describe_device, duration, seconds_of, timed_batch
-from recipes.speed import training_step
+from recipes.estimate_timing import describe_device, seconds_of, seconds_of_update, timed_batch
+from tessera.duration import duration
+from tessera.errors import UserError
 from tessera.precision import autocast, resolve_device, resolve_precision
 from tessera.training.memory import reuse_freed_memory
+from tessera.training.process_memory import process_gib
 
 # B batch, H W image pixels.
 
 _GIB = 2**30
-_PROCESS_GIB = 1.2  # Python with torch and lightning
 _FLOAT_BYTES = 4
 
 
@@ -44,12 +45,12 @@ class Estimate(NamedTuple):
     Attributes:
         parameters: counted.
         discriminator: trainable numbers of the adversary; 0 without one.
-        measured_batch: images per step with which speed and memory were measured.
-        train_images_per_second: through whole optimizer steps.
+        measured_batch: images at once with which speed was measured.
+        train_images_per_second: through whole optimizer steps at the configured batch size.
         encode_images_per_second: images to codes.
         decode_images_per_second: codes to images.
         state_gib: weights, gradients, optimizer state and averaged weights.
-        activations_gib: what a step at the configured batch size keeps for its backward pass.
+        activations_gib: what a forward pass keeps for its backward pass, of as many images as training takes at once.
     """
 
     parameters: Parameters
@@ -72,9 +73,20 @@ def count_parameters(vae: DiscreteVAE) -> Parameters:
 
 
 def estimate(config: TrainConfig) -> Estimate:
-    """Counts, and times a few optimizer steps, encoding and decoding on random pixels."""
-    device = resolve_device(config.trainer.device)
-    precision = resolve_precision(config.trainer.precision, device)
+    """Counts, and times passes forward and backward, updates, encoding and decoding on random pixels.
+
+    Raises:
+        UserError: if the batch cannot be cut into `trainer.accumulate` parts.
+    """
+    trainer = config.trainer
+    if trainer.batch_size % trainer.accumulate:
+        raise UserError(
+            f"trainer.batch_size must be a multiple of {trainer.accumulate} parts (trainer.accumulate); "
+            f"got {trainer.batch_size}"
+        )
+    at_once = trainer.batch_size // trainer.accumulate
+    device = resolve_device(trainer.device)
+    precision = resolve_precision(trainer.precision, device)
     if device.type == "cpu":
         reuse_freed_memory()
     vae, objective = DiscreteVAE(config.model).to(device), objective_of(config)
@@ -82,8 +94,8 @@ def estimate(config: TrainConfig) -> Estimate:
     optimizer = objective.build_optimizer(vae, config.optim)
     size = (config.crop, config.crop) if config.crop else config.data.image_size
 
-    def loss_on(batch: int) -> Callable[[], Tensor]:
-        images = torch.rand(batch, 3, *size, device=device)  # [B, 3, H, W]
+    def loss_on(count: int) -> Callable[[], Tensor]:
+        images = torch.rand(count, 3, *size, device=device)  # [B, 3, H, W]
 
         def loss() -> Tensor:
             with autocast(precision, device):
@@ -91,14 +103,19 @@ def estimate(config: TrainConfig) -> Estimate:
 
         return loss
 
+    def passes(count: int) -> Callable[[], None]:
+        loss = loss_on(count)
+
+        def run() -> None:
+            optimizer.zero_grad()
+            loss().backward()
+
+        return run
+
     weights = {parameter.untyped_storage().data_ptr() for parameter in (*vae.parameters(), *objective.parameters())}
-    one, two = (kept_bytes(loss_on(batch), weights) for batch in (1, 2))
-    timed = timed_batch(
-        lambda batch: training_step(optimizer, loss_on(batch), clip_norm=config.optim.clip_norm),
-        device,
-        most=config.trainer.batch_size,
-        sample="picture",
-    )
+    one, two = (kept_bytes(loss_on(count), weights) for count in (1, 2))
+    timed = timed_batch(passes, device, most=at_once, sample="picture")
+    update_seconds = seconds_of_update(optimizer, device, clip_norm=config.optim.clip_norm)
 
     vae.eval()
     images = torch.rand(timed.size, 3, *config.data.image_size, device=device)
@@ -112,17 +129,17 @@ def estimate(config: TrainConfig) -> Estimate:
     held = sum(tensor.numel() for state in optimizer.state.values() for tensor in state.values() if _is_tensor(tensor))
     state = 2 * (parameters.total + discriminator) + held  # weights and gradients
     if config.optim.ema_horizon:
-        state += parameters.total + discriminator
+        state += parameters.total  # a discriminator is not averaged
     return Estimate(
         parameters=parameters,
         discriminator=discriminator,
         measured_batch=timed.size,
-        train_images_per_second=timed.size / timed.seconds,
+        train_images_per_second=trainer.batch_size / (trainer.batch_size * timed.seconds / timed.size + update_seconds),
         encode_images_per_second=timed.size / encode_seconds,
         decode_images_per_second=timed.size / decode_seconds,
         state_gib=_FLOAT_BYTES * state / _GIB,
         # what a step keeps whatever the batch, such as weights in bf16, is in the first picture only
-        activations_gib=(one + (two - one) * (config.trainer.batch_size - 1)) / _GIB,
+        activations_gib=(one + (two - one) * (at_once - 1)) / _GIB,
     )
 
 
@@ -154,8 +171,9 @@ def estimate_lines(config: TrainConfig, found: Estimate) -> list[str]:
     height, width = config.data.image_size
     f, sizes, steps = config.model.downsampling, found.parameters, config.trainer.max_steps
     seconds = steps * config.trainer.batch_size / found.train_images_per_second
-    process = _PROCESS_GIB if device.type == "cpu" else 0.0
+    process = process_gib(device.type)
     peak = process + found.state_gib + found.activations_gib
+    at_once = config.trainer.batch_size // config.trainer.accumulate
     trained_on = f"{config.crop}x{config.crop} crops" if config.crop else "whole images"
     lines = [
         f"device      {describe_device(device)}, {precision.name}",
@@ -163,12 +181,14 @@ def estimate_lines(config: TrainConfig, found: Estimate) -> list[str]:
         f"(f = {f}), {height * width // f**2 * math.log2(config.model.num_codes):,.0f} bits",
         f"parameters  {sizes.total:,}: encoder {sizes.encoder:,}, quantizer {sizes.quantizer:,}, "
         f"decoder {sizes.decoder:,}" + (f"; discriminator {found.discriminator:,}" if found.discriminator else ""),
-        f"training    {found.train_images_per_second:,.1f} images/s ({trained_on}, measured with batches of "
-        f"{found.measured_batch}); {steps:,} steps of {config.trainer.batch_size} take about {duration(seconds)}",
+        f"training    {found.train_images_per_second:,.1f} images/s ({trained_on}, "
+        f"measured with {found.measured_batch} at once); {steps:,} steps of {config.trainer.batch_size} take about "
+        f"{duration(seconds)}",
         f"encoding    {found.encode_images_per_second:,.1f} images/s, decoding {found.decode_images_per_second:,.1f} "
         "(measured)",
         f"memory      about {peak:.1f} GiB (estimated): weights and optimizer {found.state_gib:.2f}, "
-        f"activations {found.activations_gib:.2f}" + (f", process {process:.1f}" if process else ""),
+        f"activations of {at_once} at once {found.activations_gib:.2f}"
+        + (f", process {process:.1f}" if process else ""),
     ]
     if config.trainer.budget_seconds is not None and config.trainer.budget_seconds < seconds:
         lines.append(f"            trainer.budget_seconds ends it after {duration(config.trainer.budget_seconds)}")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tessera.precision import PrecisionName
-from tessera.training.optim import OptimizerConfig, build_optimizer
+from tessera.training.optim import ORTHOGONALIZED_AT_ONCE, OptimizerConfig, build_optimizer
 from transformer.attention import CPU_MATMUL_KEYS
 from transformer.model import Prior, PriorConfig
 
@@ -171,10 +171,11 @@ def training_memory(
     for group in build_optimizer(prior, optim).param_groups:
         numbers = sum(parameter.numel() for parameter in group["params"])
         if group["rule"] == "muon":
-            # every process has all updates whole, for no part of a matrix knows its directions
-            largest = max(len(same) * same[0].numel() for same in _by_shape(group["params"]))
+            # every process has some updates whole, for no part of a matrix knows its directions
+            shapes = [(len(same), same[0].numel()) for same in _by_shape(group["params"])]
+            most = max(size * min(count, max(1, ORTHOGONALIZED_AT_ONCE // size)) for count, size in shapes)
             state += _FLOAT_BYTES * numbers * share
-            update = max(update, _FLOAT_BYTES * numbers + _ORTHOGONALIZED_BYTES * largest)
+            update = max(update, (_FLOAT_BYTES + _ORTHOGONALIZED_BYTES) * most)
         else:
             state += 2 * _FLOAT_BYTES * numbers * share
             update = max(update, _FLOAT_BYTES * numbers * share)

@@ -20,19 +20,20 @@ from recipes.estimate_prior import (
     step_operations,
     training_memory,
 )
-from recipes.estimate_timing import TimedBatch, describe_device, duration, seconds_of, timed_batch
+from recipes.estimate_timing import TimedBatch, describe_device, seconds_of_update, timed_batch
 from recipes.speed import measure_machine
+from tessera.duration import duration
 from tessera.errors import UserError
 from tessera.precision import Precision, autocast, describe_hardware, resolve_device, resolve_precision
 from tessera.training.memory import reuse_freed_memory
 from tessera.training.optim import build_optimizer
+from tessera.training.process_memory import process_gib
 from transformer.lit import prior_loss
 from transformer.model import Prior
 from transformer.train import TrainConfig
 
 # B batch, T text positions, I image positions.
 
-_PROCESS_GIB = {"cpu": 1.2, "cuda": 0.8}  # Python with torch and lightning; what CUDA keeps for itself
 _LONGEST_SECONDS = 20.0  # a step of one sample that would take longer is not measured
 _MACHINE_UTILIZATION = 0.4  # of a matrix product's rate, where a step cannot be measured
 _LAUNCH_BOUND_SECONDS = 0.02  # a step has thousands of kernels, and a GPU starts some hundred thousand a second
@@ -152,13 +153,7 @@ def measure_step(config: TrainConfig, *, most: int) -> tuple[TimedBatch, float]:
         return run
 
     timed = timed_batch(passes, device, most=most, sample="sample")
-    limit = config.optim.clip_norm or float("inf")
-
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-        optimizer.step()
-
-    return timed, seconds_of(update, device)
+    return timed, seconds_of_update(optimizer, device, clip_norm=config.optim.clip_norm)
 
 
 def _loss(model: Prior, text_ids: Tensor, codes: Tensor, precision: Precision, device: torch.device) -> Tensor:
@@ -180,10 +175,9 @@ def _time_elsewhere(operations: StepOperations, question: Question) -> StepTime 
 def _time_here(config: TrainConfig, operations: StepOperations, question: Question) -> StepTime:
     """Measured where a step of one sample fits this machine and a short time, else estimated from its products."""
     training = _training(config, question)._replace(processes=1)
-    memory = _memory_here_gib(config) - _PROCESS_GIB.get(training.kind, 0.0)
-    most = most_samples(
-        config.model, optim=config.optim, training=training, memory_gib=memory, most=config.trainer.batch_size
-    )
+    memory = _memory_here_gib(config) - process_gib(training.kind)
+    at_once = config.trainer.batch_size // (question.processes * config.trainer.accumulate)
+    most = most_samples(config.model, optim=config.optim, training=training, memory_gib=memory, most=at_once)
     machine = measure_machine(config.trainer.device, config.trainer.precision)
     flops = machine.flops * _MACHINE_UTILIZATION
     one = step_operations(
@@ -234,7 +228,7 @@ def _memory_lines(config: TrainConfig, question: Question) -> list[str]:
             held = training_memory(config.model, samples, optim=config.optim, training=training)
             name = f"{question.processes} processes, {strategy}" if question.processes > 1 else "1 process"
             name += ", checkpoint_activations" if is_checkpointed else ""
-            peak = held.held_gib(training.kind) + _PROCESS_GIB.get(training.kind, 0.0)
+            peak = held.held_gib(training.kind) + process_gib(training.kind)
             verdict = ""
             if memory is not None:
                 verdict = "  fits" if peak <= memory else "  does not fit"
@@ -262,7 +256,7 @@ def _advice(
     """What would make it fit, where it does not."""
     if memory is None:
         return []
-    room = memory - _PROCESS_GIB.get(training.kind, 0.0)
+    room = memory - process_gib(training.kind)
     fitting = most_samples(config.model, optim=config.optim, training=training, memory_gib=room, most=samples)
     if fitting == samples:
         return []

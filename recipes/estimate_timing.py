@@ -1,5 +1,6 @@
 """The time of work here: with as many samples at once as a short budget allows, for larger batches are faster."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -52,15 +53,21 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return median_seconds(work, device, budget=_SECONDS)
 
 
+def seconds_of_update(optimizer: torch.optim.Optimizer, device: torch.device, *, clip_norm: float | None) -> float:
+    """The time of clipping gradients and updating weights, in which an optimizer gets all the state that it keeps."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        if parameter.grad is None:  # after a pass for which the memory was too small
+            parameter.grad = torch.zeros_like(parameter)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm)
+        optimizer.step()
+
+    return seconds_of(update, device)
+
+
 def describe_device(device: torch.device) -> str:
     """The name of what computes, for people."""
     hardware = describe_hardware()
     return hardware["gpu"] if device.type == "cuda" else f"{hardware['cpu']}, {hardware['cores']} cores"
-
-
-def duration(seconds: float) -> str:
-    """A length of time in the unit that suits it."""
-    for unit, length in (("days", 86_400.0), ("hours", 3_600.0), ("minutes", 60.0)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:,.0f} seconds"

@@ -23,7 +23,8 @@ from dvae.train import train as train_dvae
 from recipes.card import model_card
 from recipes.ledger import Ledger
 from recipes.origin import Origin, check_apart, open_base, take_over
-from recipes.plan import STAGES, DataFacts, Plan, placed, seconds_for
+from recipes.plan import STAGES, Plan, placed, seconds_for
+from recipes.plan_sizes import DataFacts
 from recipes.plan_table import clock, plan_lines
 from recipes.planning import BUILT_IN, Say, make_plan, open_training_split
 from recipes.run_folder import (

@@ -10,6 +10,7 @@ is usual there, the distance of the training picture that was found to its own n
 held-out scenes were copies, the simplest; so they are 1%, what there is of near duplicates.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ _SAME, _LOOKED_AT = 4.0, 32
 _SHOWN_PAIRS = 24
 _PAIRS_PER_ROW = 4
 _TILE_PIXELS = 128
+_NO_BASELINE = "no baseline: all pictures are trained on, they are too few to hold any out"
 
 
 class Nearest(NamedTuple):
@@ -163,7 +165,9 @@ def memorization(
     The figures: `share` of the samples that are copies, and `of_training_captions` and `of_held_out_captions` alone;
     `of_held_out_pictures`, which nobody drew: as many are near duplicates in the corpus, or alike by chance; the
     `median_ratio` of the samples and that of the held-out pictures, `usual_ratio`, which a prior that draws as freely
-    reaches; the number of `samples` and of `training_pictures`.
+    reaches; the number of `samples` and of `training_pictures`. A corpus that is too small for a split has nothing to
+    compare with: where all pictures that are held out are trained on, the figures of held-out ones and `usual_ratio`
+    are None, and `no_baseline` says why.
 
     Args:
         pipeline: the model.
@@ -177,27 +181,38 @@ def memorization(
     def remade(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return reconstruct(pipeline.vae, images, precision=pipeline.precision).images
 
+    trained_on, others = (_chosen(len(corpus), samples // 2, seed) for corpus in (training, held_out))
+    held_out_images = _images(held_out, others)
+    not_trained_on = {_digest(image) for image in held_out_images}
     thumbnails = Thumbnails()
     for batch in read_views(training, Views(), batch_size=_READ_AT_ONCE):  # [n, 1, H, W, 3]
+        not_trained_on.difference_update(map(_digest, batch[:, 0]))
         thumbnails.add(remade(batch[:, 0]))
         if on_progress is not None:
             on_progress(len(thumbnails), len(training))
-    trained_on, others = (_chosen(len(corpus), samples // 2, seed) for corpus in (training, held_out))
-    of_others = thumbnails.nearest(remade(_images(held_out, others)))
     captions = [training.captions(row)[0] for row in trained_on] + [held_out.captions(row)[0] for row in others]
     drawn = pipeline(captions, seed=range(seed, seed + len(captions)), scorer=None, on_warning=lambda _: None)
     images = np.stack([image.image for image in drawn])  # [Q, H, W, 3]
     found = thumbnails.nearest(images)
 
-    shares = {
-        "share": found.is_copy,
-        "of_training_captions": found.is_copy[: len(trained_on)],
-        "of_held_out_captions": found.is_copy[len(trained_on) :],
-        "of_held_out_pictures": of_others.is_copy,
-        "median_ratio": np.median(found.ratio),
-        "usual_ratio": np.median(of_others.ratio),
+    figures: dict[str, Any] = {
+        "share": _mean(found.is_copy),
+        "of_training_captions": _mean(found.is_copy),
+        "of_held_out_captions": None,
+        "of_held_out_pictures": None,
+        "median_ratio": _median(found.ratio),
+        "usual_ratio": None,
     }
-    figures: dict[str, Any] = {name: round(float(np.mean(values)), 4) for name, values in shares.items()}
+    if not_trained_on:
+        of_others = thumbnails.nearest(remade(held_out_images))
+        figures |= {
+            "of_training_captions": _mean(found.is_copy[: len(trained_on)]),
+            "of_held_out_captions": _mean(found.is_copy[len(trained_on) :]),
+            "of_held_out_pictures": _mean(of_others.is_copy),
+            "usual_ratio": _median(of_others.ratio),
+        }
+    else:
+        figures["no_baseline"] = _NO_BASELINE
     figures |= {"samples": len(images), "training_pictures": len(thumbnails)}
     nearest_first = np.argsort(found.ratio, kind="stable")[:_SHOWN_PAIRS]
     pairs = [
@@ -235,15 +250,30 @@ def nearest_sheet(pairs: Sequence[Pair], *, title: str, tile_pixels: int = _TILE
 
 def memorization_line(figures: dict[str, Any]) -> str:
     """The figures in a line for people."""
+    copies, ratio = f"{figures['share']:.1%} of {figures['samples']} samples", f"{figures['median_ratio']:.2f}"
+    if figures["usual_ratio"] is None:
+        return f"copies  {copies}; median ratio {ratio}; {figures['no_baseline']}"
     return (
-        f"copies  {figures['share']:.1%} of {figures['samples']} samples, {figures['of_held_out_pictures']:.1%} of "
-        f"held-out pictures; median ratio {figures['median_ratio']:.2f} and {figures['usual_ratio']:.2f}"
+        f"copies  {copies}, {figures['of_held_out_pictures']:.1%} of held-out pictures; "
+        f"median ratio {ratio} and {figures['usual_ratio']:.2f}"
     )
 
 
 def _chosen(count: int, wanted: int, seed: int) -> list[int]:
     """Up to `wanted` different indices below `count`."""
     return permuted(np.arange(min(wanted, count)), size=count, key=seed).tolist()
+
+
+def _digest(image: NDArray[np.uint8]) -> bytes:
+    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+
+
+def _mean(values: NDArray[np.bool_]) -> float:
+    return round(float(values.mean()), 4)
+
+
+def _median(values: NDArray[np.float64]) -> float:
+    return round(float(np.median(values)), 4)
 
 
 def _images(corpus: Corpus, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:

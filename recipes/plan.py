@@ -6,21 +6,35 @@ Everything here is a pure function; what has to be measured is measured in `reci
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from dvae.encode import EncodeConfig
-from dvae.model import DiscreteVAEConfig
 from dvae.train import TrainConfig as DVAETrainConfig
+from recipes.continuing import (
+    CONTINUED_RATE,
+    LEAST_CONTINUED_STEPS,
+    MOST_CONTINUED_EPOCHS,
+    continued_sizes,
+    learns_anew,
+    starts_from,
+)
 from recipes.estimate_prior import training_memory_gib
 from recipes.origin import Base, Origin
+from recipes.plan_sizes import (
+    DataFacts,
+    Machine,
+    affordable_sizes,
+    batch_for,
+    crop_for,
+    dvae_memory_gib,
+    layout_for,
+    trained_size,
+)
 from scorer.train import TrainConfig as ScorerTrainConfig
 from tessera.data.config import DataConfig
 from tessera.errors import UserError
-from tessera.precision import PrecisionName
 from tessera.training.optim import OptimizerConfig
+from tessera.training.process_memory import process_gib
 from tessera.training.run import TrainerConfig
-from transformer.masks import MaskKind
-from transformer.model import PriorConfig, SequenceLayout
 from transformer.train import TrainConfig as PriorTrainConfig
 
 STAGES = ("dvae", "encode", "prior", "scorer", "tuning")
@@ -37,12 +51,8 @@ _LEAST_STEPS = 300
 # speeds up, and costs nothing on one that slows down.
 STEP_HEADROOM = 1.3
 _VALIDATIONS = 6  # in as many steps
-# Measured products are the best case; a small model's step spends much of its time on everything else.
-_UTILIZATION = {"cpu": 0.4, "cuda": 0.3}
-_MOST_CODES = {"cpu": 256, "cuda": 1024}
 _WORDS_TO_TOKENS = 1.6
 _GIB = 2**30
-_PROCESS_GIB = 1.2  # Python with torch and lightning
 # Judging a model takes so long before the first image is drawn, and at most this share of the budget in all.
 _EVALUATION_START_SECONDS = 20.0
 _MOST_TUNING_SECONDS = 60.0  # more trials would measure the same noise
@@ -51,95 +61,9 @@ _PARSER_SECONDS = 0.002
 _GUIDED = 1.7  # twice the rows, in forwards as full as without
 
 
-class DVAERow(NamedTuple):
-    """One size of the dVAE and what it takes to be worth it."""
-
-    widths: tuple[int, ...]
-    blocks: tuple[int, ...]
-    batch_size: int
-    learning_rate: float
-    least_steps: int
-    least_images: int
-
-
-class PriorRow(NamedTuple):
-    """One size of the prior and what it takes to be worth it."""
-
-    dim: int
-    depth: int
-    heads: int
-    attention: tuple[MaskKind, ...]
-    batch_size: int
-    learning_rate: float
-    bpe_dropout: float
-    least_steps: int
-    least_images: int
-
-
-# Smallest first; the largest row that the budget can train for `least_steps` is taken, the first one whatever happens.
-# In little time small models learn more, because they see more: in 110 seconds of two cores a prior of 128 channels
-# came to 0.77 nats per token with 4 layers, 0.83 with 6, and one of 192 channels to 1.07. With twelve minutes of emoji
-# it was the other way round, 2.35 against 1.77 on held-out drawings, after dVAEs of about equal quality. Small batches
-# learn more, too: 1,200 steps of 16 captioned images were worth more than 600 of 32. A prior that sees every caption
-# only a few times cannot afford to see its words in pieces as well: skipping one merge in ten breaks four words in ten.
-DVAE_ROWS = (
-    DVAERow((48, 96), (1, 2), 48, 3e-3, 0, 0),
-    DVAERow((64, 128), (1, 3), 48, 3e-3, 6_000, 0),
-    DVAERow((96, 192), (2, 3), 64, 2e-3, 8_000, 2_000),
-    DVAERow((128, 384), (2, 4), 128, 1e-3, 20_000, 50_000),
-)
-_ROWS_THEN_FULL: tuple[MaskKind, ...] = ("row", "column", "row", "full")
-PRIOR_ROWS = (
-    PriorRow(128, 4, 4, _ROWS_THEN_FULL, 16, 6e-3, 0.0, 0, 0),
-    PriorRow(128, 6, 4, _ROWS_THEN_FULL, 16, 6e-3, 0.0, 6_000, 0),
-    PriorRow(192, 6, 6, _ROWS_THEN_FULL, 16, 5e-3, 0.0, 6_000, 0),
-    PriorRow(256, 8, 4, _ROWS_THEN_FULL, 64, 3e-3, 0.1, 5_000, 2_000),
-    PriorRow(512, 12, 8, _ROWS_THEN_FULL, 256, 1.5e-3, 0.1, 6_000, 10_000),  # 50 M parameters with its embeddings
-    PriorRow(1024, 24, 16, _ROWS_THEN_FULL, 256, 6e-4, 0.1, 20_000, 100_000),  # 350 M
-)
-# Few images fill few codes: (images from which on, levels).
-CODEBOOKS = ((0, (8, 5, 5, 5)), (200_000, (8, 8, 8, 6, 5)))
-_MOST_MEMORY = 0.8  # of what the device has
-# What a stage that starts from a model's weights learns at, as a share of the rate for new weights, and for how many
-# passes at most: it has less to learn, and few images are soon learned by heart. From 1.47 nats per held-out token of
-# recolored scenes a prior came in 3 passes over 750 of them to 1.04 at the full rate, 0.98 at three tenths, 1.05 at a
-# tenth; over 225 of them to 1.16 in 5 passes at three tenths, but 1.60 in 18, and 2.99 with new weights.
-CONTINUED_RATE = 0.3
-MOST_CONTINUED_EPOCHS = 10
-_LEAST_CONTINUED_STEPS = 100
 # Compiling takes about half a minute on two cores and makes a step on a CPU a third faster.
 _COMPILE_FROM_SECONDS = 150.0
 COMPILED_SPEEDUP = 1.6
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataFacts:
-    """What a plan needs to know about a corpus."""
-
-    name: str
-    """as the corpus calls itself"""
-    num_images: int
-    """in the training split"""
-    image_size: tuple[int, int]
-    """height and width in pixels"""
-    text_len: int
-    """estimated text positions of the longest captions"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What a plan needs to know about the hardware."""
-
-    kind: str
-    """cpu or cuda"""
-    memory_gib: float
-    """of the device that trains"""
-    flops: float
-    """measured floating-point operations per second of a large matrix product in the precision of training"""
-    precision: PrecisionName
-    """of training"""
-    can_compile: bool = False
-    """whether torch.compile has what it needs: on CPUs a C++ compiler"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,104 +178,51 @@ def draft(
     Raises:
         UserError: if the image sides do not fit the downsampling.
     """
-    sizes = _affordable(facts, machine, minutes=minutes) if base is None else _continued(base, facts, machine)
+    origin = base.origin if base is not None else None
+    plan = Plan(minutes=minutes, data=data, origin=origin)
+    if base is None:
+        budget = stage_seconds(minutes * 60)
+        sizes = affordable_sizes(facts, machine, dvae_seconds=budget["dvae"], prior_seconds=budget["prior"])
+    else:
+        sizes = continued_sizes(base, facts, machine)
     start = TrainerConfig(device=device, seed=seed, checkpoint_every_seconds=30)
-    plan = Plan(minutes=minutes, data=data, origin=base.origin if base is not None else None)
     prior_seconds = stage_seconds(minutes * 60, stages=plan.stages)["prior"]
     scorer = ScorerTrainConfig()
+
+    def optim(stage: str, settings: OptimizerConfig) -> OptimizerConfig:
+        share = CONTINUED_RATE if starts_from(origin, stage) else 1.0
+        return replace(settings, learning_rate=share * settings.learning_rate)
+
     plan = replace(
         plan,
         dvae=DVAETrainConfig(
             model=sizes.vae,
-            optim=OptimizerConfig(learning_rate=sizes.vae_row.learning_rate),
-            trainer=replace(start, batch_size=_batch(sizes.vae_row.batch_size, facts)),
+            optim=optim("dvae", OptimizerConfig(learning_rate=sizes.vae_row.learning_rate)),
+            trainer=replace(start, batch_size=batch_for(sizes.vae_row.batch_size, facts)),
             crop=crop_for(facts.image_size, sizes.vae),
+            init_from=starts_from(origin, "dvae"),
         ),
-        encode=EncodeConfig(device=device),
+        encode=EncodeConfig(device=device, text_len=base.prior.layout.text_len if base is not None else None),
         prior=PriorTrainConfig(
             model=sizes.prior,
-            optim=OptimizerConfig(learning_rate=sizes.prior_row.learning_rate),
+            optim=optim("prior", OptimizerConfig(learning_rate=sizes.prior_row.learning_rate)),
             trainer=replace(
                 start,
-                batch_size=_batch(sizes.prior_row.batch_size, facts),
+                batch_size=batch_for(sizes.prior_row.batch_size, facts),
                 compile=machine.can_compile and prior_seconds >= _COMPILE_FROM_SECONDS,
             ),
             bpe_dropout=sizes.prior_row.bpe_dropout,
+            init_from=starts_from(origin, "prior"),
         ),
-        scorer=replace(scorer, trainer=replace(start, batch_size=_batch(scorer.trainer.batch_size, facts))),
+        scorer=replace(
+            scorer,
+            model=base.scorer if base is not None and base.scorer is not None else scorer.model,
+            optim=optim("scorer", scorer.optim),
+            trainer=replace(start, batch_size=batch_for(scorer.trainer.batch_size, facts)),
+            init_from=starts_from(origin, "scorer"),
+        ),
     )
-    if base is not None:
-        plan = _starting_from(base, plan)
     return placed(plan, out="", run_dir="")
-
-
-class _Sizes(NamedTuple):
-    """What is trained, and the rows whose rates and batches suit it."""
-
-    vae: DiscreteVAEConfig
-    vae_row: DVAERow
-    prior: PriorConfig
-    prior_row: PriorRow
-
-
-def _affordable(facts: DataFacts, machine: Machine, *, minutes: float) -> _Sizes:
-    """The largest rows that the budget can train long enough on this machine."""
-    budget = stage_seconds(minutes * 60)
-    flops = machine.flops * _UTILIZATION.get(machine.kind, 1.0)
-    vae_row = DVAE_ROWS[0]
-    for row in DVAE_ROWS:
-        candidate_vae = _vae_config(row, facts, machine)
-        crop = crop_for(facts.image_size, candidate_vae)
-        trained_size = (crop, crop) if crop else facts.image_size
-        needed = row.least_steps * dvae_step_flops(candidate_vae, trained_size, row.batch_size)
-        if needed <= flops * budget["dvae"] and facts.num_images >= row.least_images:
-            vae_row = row
-    vae = _vae_config(vae_row, facts, machine)
-    check_image_size(facts.image_size, vae)
-    layout = layout_for(facts, vae)
-    prior_row = PRIOR_ROWS[0]
-    for row_ in PRIOR_ROWS:
-        candidate = _prior_config(row_, layout)
-        needed = row_.least_steps * prior_step_flops(candidate, row_.batch_size)
-        fits = _prior_fits(candidate, row_.batch_size, machine)
-        if needed <= flops * budget["prior"] and fits and facts.num_images >= row_.least_images:
-            prior_row = row_
-    return _Sizes(vae, vae_row, _prior_config(prior_row, layout), prior_row)
-
-
-def _continued(base: Base, facts: DataFacts, machine: Machine) -> _Sizes:
-    """The sizes of a model to go on from, and the rows next to them, with smaller batches where memory is short."""
-    vae_row = next((row for row in reversed(DVAE_ROWS) if row.widths[0] <= base.vae.widths[0]), DVAE_ROWS[0])
-    prior_row = next((row for row in reversed(PRIOR_ROWS) if row.dim <= base.prior.dim), PRIOR_ROWS[0])
-    batch_size = _batch(prior_row.batch_size, facts)
-    while batch_size > 1 and not _prior_fits(base.prior, batch_size, machine):
-        batch_size //= 2
-    return _Sizes(base.vae, vae_row, base.prior, prior_row._replace(batch_size=batch_size))
-
-
-def _prior_fits(config: PriorConfig, batch_size: int, machine: Machine) -> bool:
-    """Whether the device can train it, with room for what else there is."""
-    needed = training_memory_gib(config, batch_size, kind=machine.kind, precision=machine.precision)
-    return needed <= _MOST_MEMORY * machine.memory_gib
-
-
-def _starting_from(base: Base, plan: Plan) -> Plan:
-    """The plan with weights and rates of stages that go on from a model, and its way to read captions."""
-
-    def gentle(optim: OptimizerConfig) -> OptimizerConfig:
-        return replace(optim, learning_rate=CONTINUED_RATE * optim.learning_rate)
-
-    path = base.origin.path
-    if base.origin.train_dvae:
-        plan = replace(plan, dvae=replace(plan.dvae, init_from=path, optim=gentle(plan.dvae.optim)))
-    if base.scorer is not None:
-        optim = gentle(plan.scorer.optim)
-        plan = replace(plan, scorer=replace(plan.scorer, model=base.scorer, init_from=path, optim=optim))
-    return replace(
-        plan,
-        encode=replace(plan.encode, text_len=base.prior.layout.text_len),
-        prior=replace(plan.prior, init_from=path, optim=gentle(plan.prior.optim)),
-    )
 
 
 def placed(plan: Plan, *, out: str, run_dir: str) -> Plan:
@@ -385,7 +256,7 @@ def timed(plan: Plan, facts: DataFacts, speed: Speed, *, evaluation_images: int 
         if stage not in budget:
             return stage_trainer(plan, stage)
         settings, seconds = stage_trainer(plan, stage), step_seconds(plan, stage)
-        most_steps = useful_steps(settings.batch_size, facts.num_images, is_new=_learns_anew(plan, stage))
+        most_steps = useful_steps(settings.batch_size, facts.num_images, is_new=learns_anew(plan.origin, stage))
         return with_steps(settings, seconds, budget[stage], most_steps=most_steps)
 
     return replace(
@@ -399,13 +270,6 @@ def timed(plan: Plan, facts: DataFacts, speed: Speed, *, evaluation_images: int 
 def stage_trainer(plan: Plan, stage: str) -> TrainerConfig:
     """The trainer's settings of a stage that trains: dvae, prior or scorer."""
     return {"dvae": plan.dvae, "prior": plan.prior, "scorer": plan.scorer}[stage].trainer
-
-
-def _learns_anew(plan: Plan, stage: str) -> bool:
-    """Whether a stage has as much to learn as with new weights, such as a prior whose codes come to mean others."""
-    if plan.origin is None or stage not in plan.origin.parts:
-        return True
-    return plan.origin.train_dvae and stage != "scorer"
 
 
 def step_seconds(plan: Plan, stage: str) -> float:
@@ -422,7 +286,7 @@ def evaluation_seconds_per_image(speed: Speed) -> float:
 
 def useful_steps(batch_size: int, num_images: int, *, is_new: bool) -> int:
     """Steps after which a stage only learns its images by heart; one that goes on from a model gets there sooner."""
-    least, epochs = (_LEAST_STEPS, _MOST_EPOCHS) if is_new else (_LEAST_CONTINUED_STEPS, MOST_CONTINUED_EPOCHS)
+    least, epochs = (_LEAST_STEPS, _MOST_EPOCHS) if is_new else (LEAST_CONTINUED_STEPS, MOST_CONTINUED_EPOCHS)
     return max(least, int(epochs * num_images / batch_size))
 
 
@@ -439,69 +303,6 @@ def with_steps(trainer: TrainerConfig, step_seconds: float, seconds: float, *, m
     )
 
 
-def crop_for(image_size: tuple[int, int], vae: DiscreteVAEConfig) -> int | None:
-    """Side of the crops that the dVAE trains on: about half the shorter side, None if that is less than three codes."""
-    f = vae.downsampling
-    side = f * round(min(image_size) / 2 / f)
-    return side if side >= 3 * f else None
-
-
-def check_image_size(image_size: tuple[int, int], vae: DiscreteVAEConfig) -> None:
-    """Raises UserError if a side is not divisible by the downsampling factor."""
-    height, width = image_size
-    f = vae.downsampling
-    if height % f or width % f:
-        lower, upper = f * max(1, height // f), f * (height // f + 1)
-        near = lower if height - lower <= upper - height else upper
-        raise UserError(
-            f"--image-size {height}x{width}: both sides must be divisible by {f}; for example {near} "
-            f"(one number is a square, HEIGHTxWIDTH anything else)"
-        )
-
-
-def layout_for(facts: DataFacts, vae: DiscreteVAEConfig) -> SequenceLayout:
-    """The sequence that the prior will have, as far as it is known before there are shards."""
-    height, width = facts.image_size
-    return SequenceLayout(
-        text_len=facts.text_len,
-        grid_height=height // vae.downsampling,
-        grid_width=width // vae.downsampling,
-        text_vocab_size=1024,
-        codebook_size=vae.num_codes,
-        codebook_levels=vae.code_digits,
-    )
-
-
-def dvae_step_flops(config: DiscreteVAEConfig, image_size: tuple[int, int], batch_size: int) -> float:
-    """Operations of one training step of the residual blocks, which do nearly all the work."""
-    operations = 0.0
-    for level, (width, blocks) in enumerate(zip(config.widths, config.blocks, strict=True)):
-        positions = math.prod(image_size) / (config.patch_size * 2**level) ** 2
-        taps = config.encoder_kernel_size**2 + 9  # of the encoder's and the decoder's convolutions
-        # two convolutions per block, multiply and add, forward and twice that backward
-        operations += positions * blocks * 2 * taps * width**2 * 2 * 3
-    return operations * batch_size
-
-
-def prior_step_flops(config: PriorConfig, batch_size: int) -> float:
-    """Operations of one training step: six per weight and position, heads at their own positions only."""
-    layout = config.layout
-    hidden = 32 * math.ceil(config.dim * config.mlp_ratio / 32)
-    layers = config.depth * (4 * config.dim**2 + 3 * config.dim * hidden + 2 * layout.seq_len * config.dim)
-    heads = config.dim * (layout.image_len * layout.codebook_size + layout.text_len * layout.num_text_ids)
-    return 6.0 * batch_size * (layout.seq_len * layers + heads)
-
-
-def dvae_memory_gib(config: DiscreteVAEConfig, image_size: tuple[int, int], batch_size: int) -> float:
-    """Peak memory of training the dVAE: activations of the blocks, images and reconstructions."""
-    pixels = math.prod(image_size)
-    total = 24.0 * 4 * pixels * batch_size
-    for level, (width, blocks) in enumerate(zip(config.widths, config.blocks, strict=True)):
-        positions = pixels / (config.patch_size * 2**level) ** 2
-        total += batch_size * positions * width * 2 * (blocks + 1) * 24
-    return total / _GIB
-
-
 def peak_memory_gib(plan: Plan, facts: DataFacts, machine: Machine) -> float:
     """Estimate of the peak memory of the whole fit, with the process itself and the images."""
     images = facts.num_images * math.prod(facts.image_size) * 3 / _GIB
@@ -516,26 +317,6 @@ def peak_memory_gib(plan: Plan, facts: DataFacts, machine: Machine) -> float:
     )
     trained = [prior]
     if "dvae" in plan.stages:
-        trained.append(dvae_memory_gib(plan.dvae.model, facts.image_size, plan.dvae.trainer.batch_size))
-    return _PROCESS_GIB + images + max(trained)
-
-
-def _vae_config(row: DVAERow, facts: DataFacts, machine: Machine) -> DiscreteVAEConfig:
-    """A row's model, with one more resolution for every factor of two by which the images are too large."""
-    levels = next(levels for images, levels in reversed(CODEBOOKS) if facts.num_images >= images)
-    widths, blocks = row.widths, row.blocks
-    config = DiscreteVAEConfig(widths=widths, blocks=blocks, levels=levels)
-    while math.prod(facts.image_size) / config.downsampling**2 > _MOST_CODES.get(machine.kind, 256):
-        widths, blocks = (*widths, 2 * widths[-1] if len(widths) < 3 else widths[-1]), (*blocks, blocks[-1])
-        config = DiscreteVAEConfig(widths=widths, blocks=blocks, levels=levels)
-    return config
-
-
-def _prior_config(row: PriorRow, layout: SequenceLayout) -> PriorConfig:
-    # sparse masks are for long sequences; a short one only loses sight of what it has drawn already
-    attention: tuple[MaskKind, ...] = row.attention if layout.image_len > _MOST_CODES["cpu"] else ("full",)
-    return PriorConfig(layout=layout, dim=row.dim, depth=row.depth, heads=row.heads, attention=attention)
-
-
-def _batch(batch_size: int, facts: DataFacts) -> int:
-    return min(batch_size, max(4, facts.num_images))
+        size, trainer = trained_size(facts.image_size, plan.dvae.crop), plan.dvae.trainer
+        trained.append(dvae_memory_gib(plan.dvae.model, size, trainer.batch_size // trainer.accumulate))
+    return process_gib(machine.kind) + images + max(trained)

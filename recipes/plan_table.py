@@ -1,6 +1,7 @@
 """A plan as a small table for people, printed before anything starts."""
 
-from recipes.plan import DataFacts, Machine, Plan, peak_memory_gib, stage_seconds, stage_trainer, step_seconds
+from recipes.plan import Plan, peak_memory_gib, stage_seconds, stage_trainer, step_seconds
+from recipes.plan_sizes import DataFacts, Machine
 from tessera.model_folder import short_sha256
 from tessera.precision import describe_hardware
 from tessera.training.run import TrainerConfig

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from recipes.origin import Base, Origin, caption_line, count_captions, open_base
-from recipes.plan import DataFacts, Machine, Plan, check_image_size, draft, estimate_text_len, timed
+from recipes.plan import Plan, draft, estimate_text_len, timed
+from recipes.plan_sizes import DataFacts, Machine, check_image_size
 from recipes.run_folder import PLAN_FILE, Request, check_minutes, check_sha256
 from recipes.speed import measure_machine, measure_speed
 from tessera.config import load, to_plain

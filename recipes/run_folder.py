@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from recipes.plan import DataFacts, Plan
+from recipes.plan import Plan
+from recipes.plan_sizes import DataFacts
 from recipes.tune import Trial, Tuned
 from tessera.atomic_write import atomic_write
 from tessera.config import from_plain, to_plain

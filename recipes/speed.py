@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dvae.model import DiscreteVAE
 from dvae.train import objective_of
-from recipes.plan import DataFacts, Machine, Plan, Speed, layout_for
+from recipes.plan import Plan, Speed
+from recipes.plan_sizes import DataFacts, Machine, layout_for
 from scorer.lit import scorer_loss
 from scorer.model import ClipScorer
 from tessera.precision import autocast, describe_hardware, resolve_device, resolve_precision

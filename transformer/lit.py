@@ -96,18 +96,13 @@ class PriorLit(pl.LightningModule):
         is_cut = isinstance(self.model, FSDPModule)
         predict: Callable[[Tensor, Tensor], PriorOutput] = self.model.__call__ if is_cut else self.model.forward
         loss = self._loss(predict(text_ids, codes), text_ids, codes)
-        # What the captions are worth: the image loss under a neighbor's caption minus that under one's own.
-        shuffled_ids = text_ids.roll(1, dims=0)
-        shuffled = self._loss(predict(shuffled_ids, codes), shuffled_ids, codes)
-        self.log_dict(
-            {
-                "val_loss": loss.total,
-                "val_text_loss": loss.text,
-                "val_image_loss": loss.image,
-                "val_caption_gap": shuffled.image - loss.image,
-            },
-            batch_size=len(codes),
-        )
+        figures = {"val_loss": loss.total, "val_text_loss": loss.text, "val_image_loss": loss.image}
+        if len(codes) > 1:
+            # What the captions are worth: the image loss under a neighbor's caption minus that under one's own.
+            shuffled_ids = text_ids.roll(1, dims=0)
+            shuffled = self._loss(predict(shuffled_ids, codes), shuffled_ids, codes)
+            figures["val_caption_gap"] = shuffled.image - loss.image
+        self.log_dict(figures, batch_size=len(codes))
         # here and not at the end of validation, when the averaged weights have left again
         picture = self._show(self.global_step, self.model) if batch_idx == 0 and self._show is not None else None
         if picture is not None:

@@ -166,8 +166,7 @@ def open_images(
     images = LazyImages(corpus)
     most_bytes = most_gib * 2**30
     if directory is None:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
-        most_bytes = min(most_bytes, usable_memory_bytes() / 4 / processes)
+        most_bytes = min(most_bytes, usable_memory_bytes() / 4 / _processes_here())
     if math.prod(images.shape) > most_bytes:
         return images
     return load_images(corpus, directory=directory, on_progress=on_progress)
@@ -274,8 +273,14 @@ def _decoding_threads(corpus: Corpus, *, most: int | None = None) -> int:
     if not isinstance(corpus, ManifestCorpus):
         return 1
     loader_process = get_worker_info()
-    cores = max(1, usable_cores() // (1 if loader_process is None else loader_process.num_workers))
+    sharing = _processes_here() * (1 if loader_process is None else loader_process.num_workers)
+    cores = max(1, usable_cores() // sharing)
     return cores if most is None else min(most, cores)
+
+
+def _processes_here() -> int:
+    """How many processes of the same run a launcher has started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
 
 
 def _reported(corpus: Corpus, on_progress: OnProgress | None) -> Iterator[NDArray[np.uint8]]:

@@ -1,9 +1,11 @@
 """Batches in keyed order: the same stream whatever the number of workers, and from any step on."""
 
 import itertools
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Protocol
 
 import numpy as np
@@ -105,7 +107,7 @@ class KeyedLoader:
             batch_size=None,
             num_workers=self.num_workers,
             prefetch_factor=4,
-            worker_init_fn=_leave_interrupts_to_training,
+            worker_init_fn=_leave_signals_to_training,
             collate_fn=_small_by_value,  # type: ignore[arg-type]
             generator=torch.Generator(),  # or beginning would draw from the generator that training draws from
         )
@@ -118,9 +120,20 @@ def _small_by_value(batch: Batch) -> dict[str, Tensor | NDArray[np.generic]]:
     return {name: tensor if tensor.nbytes > _SENT_BY_VALUE_BYTES else tensor.numpy() for name, tensor in batch.items()}
 
 
-def _leave_interrupts_to_training(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal: the one that trains finishes its step and saves, with these alive."""
+def _leave_signals_to_training(worker: int) -> None:
+    """Terminals and launchers send signals to all processes: the one that trains ends its step and saves, with these.
+
+    The second SIGTERM counts, for that is how Python ends processes that are left over when it exits.
+    """
+
+    def ignore_once(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, end)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os._exit(0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, ignore_once)
 
 
 class _PartSampler(Sampler[list[SampleKey]]):

@@ -52,7 +52,8 @@ def resolve_inside(root: Path, source: str) -> Path:
         ImageError: it lies outside of the folder.
     """
     try:
-        target = os.path.realpath(os.path.join(root, source))  # a tenth of the time of Path's own
+        # Without "..": behind links that lead in a circle it would be left as it is, and lead outside.
+        target = os.path.realpath(os.path.normpath(os.path.join(root, source)))
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in the name, a loop of links
         raise ImageError(f"cannot be read: {error}") from error
     found = Path(target)

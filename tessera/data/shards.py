@@ -105,6 +105,10 @@ class TokenShards:
     def __len__(self) -> int:
         return self.index.num_samples
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Loader processes map the files again; what is mapped would be sent to each of them.
+        return TokenShards, (self.directory,)
+
     def captions(self, index: int) -> tuple[str, ...]:
         """All captions of one sample."""
         start, end = self._offsets[index], self._offsets[index + 1]

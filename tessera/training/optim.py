@@ -25,7 +25,7 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_ROUNDS = 5
 # Numbers in the matrices that are made orthogonal together: a product of many is faster, but all updates of a step at
 # once would take as much memory as the weights, and whole ones in every process where each holds a part.
-_ORTHOGONALIZED_AT_ONCE = 2**27
+ORTHOGONALIZED_AT_ONCE = 2**27
 # A step of size 0.2 sqrt(max(rows, columns)) has AdamW's typical root mean square, so that both kinds of parameter
 # share one learning rate (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2).
 _ADAMW_MATCH = 0.2
@@ -170,7 +170,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for parameter in parameters:
             by_shape[parameter.shape].append(parameter)
         for shape, alike in by_shape.items():
-            at_once = max(1, _ORTHOGONALIZED_AT_ONCE // shape.numel())
+            at_once = max(1, ORTHOGONALIZED_AT_ONCE // shape.numel())
             for first in range(0, len(alike), at_once):
                 self._step_alike(alike[first : first + at_once], group)
 

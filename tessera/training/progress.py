@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from torch import Tensor, nn
 
+from tessera.duration import duration
 from tessera.training.callbacks import ProgressClock
 
 _BAR_EVERY_SECONDS = 0.5
@@ -215,17 +216,3 @@ def count_operations(build: Callable[[], nn.Module], loss: Callable[[Any], Tenso
     with torch.device("meta"):
         model = build()
         return measure_flops(model, lambda: loss(model), lambda value: value)
-
-
-def duration(seconds: float) -> str:
-    """A time span in its two largest units: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours} h {minutes} min"
-    days, hours = divmod(hours, 24)
-    return f"{days} d {hours} h"

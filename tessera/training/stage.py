@@ -1,7 +1,7 @@
 """What makes a stage repeatable: its run folder remembers the configuration and, once it is done, the result.
 
-Running a finished stage again costs nothing; running an interrupted one resumes it; running another configuration in
-the same folder is refused, because its checkpoints would not fit.
+Running a finished stage again costs nothing; running an interrupted one resumes it, elsewhere and on other hardware,
+too; running another configuration in the same folder is refused, because its checkpoints would not fit.
 """
 
 import json
@@ -19,6 +19,28 @@ from tessera.plain_yaml import read_yaml, write_yaml
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "finished.json"
 
+# Where and with what a run is computed, not what: what is read is compared by its hashes.
+_MAY_CHANGE = frozenset(
+    {"config.run_dir", "config.out", "config.shards", "config.init_from"}
+    | {f"config.data.{name}" for name in ("path", "cache_dir", "cache_gib")}
+    | {
+        f"config.trainer.{name}"
+        for name in (
+            "device",
+            "strategy",
+            "accumulate",
+            "checkpoint_activations",
+            "compile",
+            "num_workers",
+            "log_every_steps",
+            "validate_every_steps",
+            "checkpoint_every_seconds",
+            "checkpoint_every_steps",
+            "wandb_project",
+        )
+    }
+)
+
 
 def begin(run_dir: Path, config: Any, *, inputs: dict[str, str]) -> dict[str, Any] | None:
     """Claims a run folder for a configuration.
@@ -32,7 +54,8 @@ def begin(run_dir: Path, config: Any, *, inputs: dict[str, str]) -> dict[str, An
         The stored result if this very run has finished, else None.
 
     Raises:
-        UserError: if the folder holds a run of another configuration.
+        UserError: if the folder holds a run of another configuration. Folders, hardware, and how often something is
+            saved or shown may have changed.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     resolved = {"config": to_plain(config), "inputs": inputs}
@@ -46,10 +69,11 @@ def begin(run_dir: Path, config: Any, *, inputs: dict[str, str]) -> dict[str, An
             raise UserError(
                 f"{run_dir} holds another run: {difference}; choose another run_dir or delete that folder to start over"
             )
-    else:
-        write_yaml(path, resolved)
     result = run_dir / RESULT_FILE
-    return json.loads(result.read_text()) if result.exists() else None
+    if result.exists():
+        return json.loads(result.read_text())
+    write_yaml(path, resolved)
+    return None
 
 
 def finish(run_dir: Path, result: dict[str, Any]) -> None:
@@ -85,6 +109,8 @@ def start_from(model: nn.Module, folder: ModelFolder, part: str) -> None:
 
 
 def _first_difference(old: Any, new: Any, key: str) -> str | None:
+    if key in _MAY_CHANGE:
+        return None
     if isinstance(old, dict) and isinstance(new, dict):
         for name in (*old, *(name for name in new if name not in old)):
             found = _first_difference(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))

@@ -1,11 +1,13 @@
 """Training the dVAE as a command: crops, pictures, logged terms, finished runs, errors."""
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dvae.adversarial import AdversarialConfig
 from dvae.losses import LossConfig
@@ -40,6 +42,15 @@ def test_crops_prefer_the_eventful_part_of_a_picture() -> None:
     batch = source.batch(sample_keys(0, 16, size=1, seed=0))["images"]
     assert batch.shape == (16, 16, 16, 3)
     assert (batch.float().amax(dim=(1, 2, 3)) == 255).all()
+
+
+def test_other_processes_map_the_pictures_themselves(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8))
+    source = ImageBatches(np.load(tmp_path / "images.npy", mmap_mode="r"), flip=True)
+    sent = pickle.dumps(source)
+    assert len(sent) < 1000
+    keys = sample_keys(0, 8, size=8, seed=1)
+    assert torch.equal(pickle.loads(sent).batch(keys)["images"], source.batch(keys)["images"])
 
 
 def test_a_batch_depends_on_its_keys_alone() -> None:

@@ -10,8 +10,10 @@ from dvae.adversarial import AdversarialConfig
 from dvae.model import DiscreteVAE, DiscreteVAEConfig
 from dvae.train import TrainConfig
 from recipes.estimate_dvae import Estimate, Parameters, count_parameters, estimate, estimate_lines
+from recipes.estimate_timing import TimedBatch
 from tessera.config import load
 from tessera.data.config import DataConfig
+from tessera.errors import UserError
 from tessera.training.run import TrainerConfig
 
 TINY = TrainConfig(
@@ -66,10 +68,41 @@ def test_activations_grow_with_the_batch_and_weights_do_not(precision: Any) -> N
         assert two < 1.9 * one, "weights in bf16 are kept once, however many pictures there are"
 
 
-def test_a_discriminator_is_counted() -> None:
-    found = estimate(replace(TINY, adversarial=AdversarialConfig(weight=0.1, width=8, layers=2)))
+def test_a_batch_in_parts_keeps_the_activations_of_one_part() -> None:
+    def activations(batch_size: int, accumulate: int) -> float:
+        trainer = replace(TINY.trainer, batch_size=batch_size, accumulate=accumulate)
+        return estimate(replace(TINY, trainer=trainer)).activations_gib
+
+    assert activations(6, 3) == pytest.approx(activations(2, 1))
+    assert activations(6, 3) < 0.5 * activations(6, 1)
+
+
+def test_a_step_takes_all_parts_of_its_batch_and_one_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def timed_batch(work_on: Any, device: torch.device, *, most: int, sample: str) -> TimedBatch:
+        asked.append(most)
+        return TimedBatch(most, 3.0)
+
+    monkeypatch.setattr("recipes.estimate_dvae.timed_batch", timed_batch)
+    monkeypatch.setattr("recipes.estimate_dvae.seconds_of_update", lambda optimizer, device, clip_norm: 1.0)
+    found = estimate(replace(TINY, trainer=replace(TINY.trainer, batch_size=8, accumulate=4)))
+    assert asked == [2], "no more at once than training takes"
+    assert found.train_images_per_second == pytest.approx(8 / (4 * 3.0 + 1.0))
+
+
+def test_a_batch_that_cannot_be_cut_is_refused() -> None:
+    with pytest.raises(UserError, match="multiple of 3 parts"):
+        estimate(replace(TINY, trainer=replace(TINY.trainer, accumulate=3)))
+
+
+def test_a_discriminator_is_counted_and_not_averaged() -> None:
+    judged = replace(TINY, adversarial=AdversarialConfig(weight=0.1, width=8, layers=2))
+    found, without = estimate(judged), estimate(replace(judged, optim=replace(judged.optim, ema_horizon=0.0)))
     assert found.discriminator > 0
     assert found.activations_gib > estimate(TINY).activations_gib
+    averages = (found.state_gib - without.state_gib) * 2**30
+    assert averages == pytest.approx(4 * found.parameters.total), "as `tessera.training.averaging` holds of `model`"
 
 
 def test_the_lines_say_what_a_user_asks() -> None:
@@ -86,7 +119,7 @@ def test_the_lines_say_what_a_user_asks() -> None:
     text = "\n".join(estimate_lines(TINY, found))
     assert "16x24 pixels as 2x3 of 16 codes (f = 8), 24 bits" in text
     assert "4,020: encoder 1,000, quantizer 20, decoder 3,000" in text
-    assert "100 steps of 4 take about 40 seconds" in text
-    assert "memory      about 3.5 GiB (estimated): weights and optimizer 0.25, activations 2.00" in text
+    assert "100 steps of 4 take about 40 s" in text
+    assert "memory      about 3.5 GiB (estimated): weights and optimizer 0.25, activations of 4 at once 2.00" in text
     limited = replace(TINY, trainer=replace(TINY.trainer, budget_seconds=30.0))
-    assert "trainer.budget_seconds ends it after 30 seconds" in "\n".join(estimate_lines(limited, found))
+    assert "trainer.budget_seconds ends it after 30 s" in "\n".join(estimate_lines(limited, found))

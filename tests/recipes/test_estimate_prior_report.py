@@ -46,6 +46,11 @@ def test_a_small_prior_is_measured_here() -> None:
     assert "keys and values of one image" in text
 
 
+def test_no_more_samples_are_measured_at_once_than_training_takes() -> None:
+    assert "forward and backward with 2 at once" in text_of(with_trainer(accumulate=4))
+    assert "forward and backward with 2 at once" in text_of(with_trainer(accumulate=2), Question(processes=2))
+
+
 def test_the_step_that_is_measured_is_the_whole_one() -> None:
     timed, update_seconds = measure_step(TINY, most=3)
     assert timed.size == 3
@@ -104,7 +109,7 @@ def test_a_batch_that_does_not_fit_comes_with_what_would() -> None:
 
 
 def test_a_budget_that_ends_it_is_mentioned() -> None:
-    assert "trainer.budget_seconds ends it after 30 seconds" in text_of(
+    assert "trainer.budget_seconds ends it after 30 s" in text_of(
         with_trainer(budget_seconds=30.0, max_steps=10**12), H200
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from recipes.estimate_timing import describe_device, duration, timed_batch
+from recipes.estimate_timing import describe_device, seconds_of_update, timed_batch
 from tessera.errors import UserError
 
 CPU = torch.device("cpu")
@@ -50,13 +50,19 @@ def test_the_memory_ends_it() -> None:
         timed_batch(work_of(0.0, most=0), CPU, most=64, sample="picture")
 
 
-def test_lengths_of_time_have_a_unit_that_suits_them() -> None:
-    assert [duration(seconds) for seconds in (40, 150, 7300, 200_000)] == [
-        "40 seconds",
-        "2.5 minutes",
-        "2.0 hours",
-        "2.3 days",
-    ]
+def test_an_update_gives_an_optimizer_its_state_even_without_gradients() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    assert seconds_of_update(optimizer, CPU, clip_norm=None) > 0
+    assert optimizer.state[weight]["exp_avg"].shape == (3,)
+
+
+@pytest.mark.parametrize("clip_norm, moved", [(1.0, 1.0), (None, 100.0)])
+def test_an_update_clips_gradients_first(clip_norm: float | None, moved: float) -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    weight.grad = torch.full((1,), 100.0)
+    seconds_of_update(torch.optim.SGD([weight], lr=1.0), CPU, clip_norm=clip_norm)
+    assert weight.item() == pytest.approx(-2 * moved), "two updates, the first of which warms up"
 
 
 def test_a_device_is_named_for_people() -> None:

@@ -1,14 +1,19 @@
 """Copies of training pictures are found, also weak ones, and pictures that are merely of the kind are not."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from recipes.memorization import COPY_RATIO, Pair, Thumbnails, memorization, memorization_line, nearest_sheet
+from tessera.data.config import DataConfig
+from tessera.data.corpus import Corpus
 from tessera.data.scenes import ScenesCorpus, render, sample_scene
 
 
@@ -89,7 +94,7 @@ class Parrot:
 
     vae = precision = None
 
-    def __init__(self, training: ScenesCorpus) -> None:
+    def __init__(self, training: Corpus) -> None:
         self.known = {training.captions(index)[0]: training.image(index) for index in range(len(training))}
 
     def __call__(self, captions: Sequence[str], *, seed: range, **_: Any) -> list[SimpleNamespace]:
@@ -121,6 +126,36 @@ def test_the_share_of_copies_is_told_by_where_the_captions_are_from(monkeypatch:
     assert figures["of_held_out_pictures"] <= 0.05 and figures["usual_ratio"] > 2 * COPY_RATIO
     assert "copies  " in memorization_line(figures)
     assert sheet.dtype == np.uint8 and sheet.shape[2] == 3
+
+
+def test_pictures_that_are_trained_on_are_no_baseline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(
+        "recipes.memorization.reconstruct", lambda vae, images, precision: SimpleNamespace(images=noisy(images, 3.0))
+    )
+    for index, picture in enumerate(scenes(6)):
+        Image.fromarray(picture).save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_text(f"scene {index}")
+    data = DataConfig(path=str(tmp_path), image_size=(32, 32))
+    training = data.open("train")
+    figures, _ = memorization(Parrot(training), training, data.open("validation"), samples=40)  # type: ignore[arg-type]
+    assert figures["training_pictures"] == 6 and figures["samples"] == 12
+    assert figures["share"] == figures["of_training_captions"] == 1.0, "a parrot is one nevertheless"
+    assert figures["of_held_out_captions"] is figures["of_held_out_pictures"] is figures["usual_ratio"] is None
+    line = memorization_line(figures)
+    assert "100.0% of 12 samples; " in line and "no baseline: all pictures are trained on" in line
+    json.dumps(figures)
+
+
+def test_a_picture_that_a_corpus_holds_twice_does_not_take_away_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "recipes.memorization.reconstruct", lambda vae, images, precision: SimpleNamespace(images=images)
+    )
+    training = ScenesCorpus(30, image_size=(32, 32))
+    held_out = ScenesCorpus(10, image_size=(32, 32), split="validation")
+    picture = held_out.image
+    monkeypatch.setattr(held_out, "image", lambda index: picture(index) if index else training.image(7))
+    figures, _ = memorization(Parrot(training), training, held_out, samples=20)  # type: ignore[arg-type]
+    assert figures["of_held_out_pictures"] == 0.1 and "no_baseline" not in figures
 
 
 def test_the_sheet_has_the_pairs_side_by_side() -> None:

@@ -1,67 +1,35 @@
+"""Minutes become stages: their shares, numbers of steps, memory, and the table that shows them."""
+
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dvae.model import DiscreteVAEConfig
-from recipes.origin import Base, Origin, open_base
 from recipes.plan import (
-    CONTINUED_RATE,
-    MOST_CONTINUED_EPOCHS,
-    PRIOR_ROWS,
     STAGES,
-    DataFacts,
-    Machine,
     Plan,
     Speed,
     draft,
     estimate_text_len,
-    layout_for,
     peak_memory_gib,
     seconds_for,
     stage_seconds,
     timed,
 )
+from recipes.plan_sizes import DataFacts, Machine
 from recipes.plan_table import clock, expected_steps, plan_lines
-from scorer.model import ClipScorerConfig
 from tessera.data.config import DataConfig
 from tessera.errors import UserError
-from transformer.model import PriorConfig, SequenceLayout
+from tessera.training.process_memory import process_gib
 
 AMX = Machine(kind="cpu", memory_gib=24.0, flops=4e11, precision="bf16")
-SLOW = Machine(kind="cpu", memory_gib=8.0, flops=5e10, precision="fp32")
-H200 = Machine(kind="cuda", memory_gib=139.0, flops=6e14, precision="bf16")
 SCENES = DataFacts(name="scenes", num_images=20_000, image_size=(64, 64), text_len=24)
 SPEED = Speed(dvae_step=0.1, prior_step=0.4, scorer_step=0.2, image=0.002)
 
 
-def drafted(facts: DataFacts = SCENES, machine: Machine = AMX, *, minutes: float = 10.0) -> Plan:
+def drafted(facts: DataFacts = SCENES, *, minutes: float = 10.0) -> Plan:
     data = DataConfig(image_size=facts.image_size)
-    return draft(data, facts, machine, minutes=minutes, device="cpu", seed=3)
-
-
-@pytest.fixture
-def base(scenes_model: Path) -> Base:
-    """What a model of a row's sizes holds; its tokenizer is never asked."""
-    vae = DiscreteVAEConfig(widths=(48, 96), blocks=(1, 2))
-    layout = SequenceLayout(text_len=16, grid_height=8, grid_width=8, text_vocab_size=600, codebook_size=vae.num_codes)
-    return Base(
-        origin=Origin(path="/models/m", sha256="abc", parts=("dvae", "prior", "scorer")),
-        image_size=(64, 64),
-        vae=vae,
-        prior=PriorConfig(layout=layout, dim=128, depth=4, heads=4),
-        scorer=ClipScorerConfig(image_size=(64, 64), text_len=16, text_vocab_size=600, dim=96),
-        tokenizer=open_base(scenes_model).tokenizer,
-    )
-
-
-def replace_origin(base: Base, **changes: Any) -> Base:
-    return base._replace(origin=replace(base.origin, **changes))
-
-
-def continued(base: Base, *, minutes: float = 10.0, machine: Machine = AMX) -> Plan:
-    return draft(DataConfig(), SCENES, machine, minutes=minutes, device="cpu", seed=3, base=base)
+    return draft(data, facts, AMX, minutes=minutes, device="cpu", seed=3)
 
 
 def test_the_stages_share_the_budget_and_leave_some_slack() -> None:
@@ -84,48 +52,6 @@ def test_however_late_a_stage_begins_the_later_ones_still_fit() -> None:
     for stage in ("prior", "scorer", "tuning"):
         left -= seconds_for(stage, left)
         assert left > 0
-
-
-def test_the_models_grow_with_speed_and_time() -> None:
-    facts = replace(SCENES, num_images=2_000_000)
-    resources = ((SLOW, 1.0), (AMX, 10.0), (H200, 10.0), (H200, 600.0))
-    plans = [drafted(facts, machine, minutes=minutes) for machine, minutes in resources]
-    dims = [plan.prior.model.dim for plan in plans]
-    assert dims == sorted(dims) and len(set(dims)) >= 3
-    assert dims[-1] == PRIOR_ROWS[-1].dim
-    widths = [plan.dvae.model.widths for plan in plans]
-    assert widths == sorted(widths) and widths[0] < widths[-1]
-
-
-def test_few_images_get_small_models_however_much_time_there_is() -> None:
-    few = drafted(replace(SCENES, num_images=30), H200, minutes=600.0)
-    assert few.prior.model.dim < 512
-    assert few.dvae.model.widths < drafted(replace(SCENES, num_images=2_000_000), H200, minutes=600.0).dvae.model.widths
-
-
-def test_a_model_that_does_not_fit_the_memory_is_not_chosen() -> None:
-    facts = replace(SCENES, num_images=2_000_000)
-    small_gpu = replace(H200, memory_gib=4.0)
-    assert (
-        drafted(facts, small_gpu, minutes=600.0).prior.model.dim < drafted(facts, H200, minutes=600.0).prior.model.dim
-    )
-
-
-def test_every_row_of_the_table_builds() -> None:
-    for row in PRIOR_ROWS:
-        PriorConfig(dim=row.dim, depth=row.depth, heads=row.heads, attention=row.attention)
-
-
-@pytest.mark.parametrize("image_size, codes", [((64, 64), 64), ((128, 128), 256), ((256, 256), 256), ((64, 96), 96)])
-def test_large_images_get_more_downsampling_rather_than_more_codes(image_size: tuple[int, int], codes: int) -> None:
-    facts = replace(SCENES, image_size=image_size)
-    plan = drafted(facts)
-    assert layout_for(facts, plan.dvae.model).image_len == codes
-
-
-def test_an_image_size_that_does_not_divide_is_refused_with_one_that_does() -> None:
-    with pytest.raises(UserError, match=r"100x64.*divisible by 8.*96"):
-        drafted(replace(SCENES, image_size=(100, 64)))
 
 
 def test_few_images_limit_batches_and_steps_to_some_hundred_epochs() -> None:
@@ -162,6 +88,26 @@ def test_memory_grows_with_batch_and_codebook() -> None:
     assert peak_memory_gib(larger, SCENES, AMX) > peak_memory_gib(plan, SCENES, AMX)
 
 
+def test_a_large_dvae_takes_the_memory_of_what_it_trains_on_at_once() -> None:
+    plan = drafted()
+    large = replace(plan.dvae, model=DiscreteVAEConfig(widths=(512, 1024), blocks=(4, 4)), crop=32)
+
+    def memory(*, crop: int | None = 32, batch_size: int = 64, accumulate: int = 1) -> float:
+        settings = replace(large.trainer, batch_size=batch_size, accumulate=accumulate)
+        return peak_memory_gib(replace(plan, dvae=replace(large, crop=crop, trainer=settings)), SCENES, AMX)
+
+    assert memory(accumulate=4) == pytest.approx(memory(batch_size=16))
+    assert memory(accumulate=4) < memory()
+    assert memory(crop=None, accumulate=4) == pytest.approx(memory()), "whole pictures have four times the pixels"
+
+
+def test_the_process_itself_takes_less_of_a_gpu() -> None:
+    plan = drafted()
+    large = replace(plan.dvae, model=DiscreteVAEConfig(widths=(512, 1024), blocks=(4, 4)))  # more than the prior
+    cpu, gpu = (peak_memory_gib(replace(plan, dvae=large), SCENES, replace(AMX, kind=kind)) for kind in ("cpu", "cuda"))
+    assert cpu - gpu == pytest.approx(process_gib("cpu") - process_gib("cuda"))
+
+
 def test_text_length_covers_nearly_all_captions() -> None:
     assert estimate_text_len(["a red star"] * 10) == 8
     assert estimate_text_len(["word " * 500]) == 256
@@ -194,65 +140,6 @@ def test_the_time_of_a_frozen_dvae_goes_to_prior_and_scorer() -> None:
     assert without["prior"] / without["scorer"] == pytest.approx(planned["prior"] / planned["scorer"])
     left = 600.0 - without["encode"]
     assert seconds_for("prior", left, stages=STAGES[1:]) == pytest.approx(without["prior"])
-
-
-def test_a_model_that_goes_on_keeps_its_sizes_whatever_the_budget(base: Base) -> None:
-    plan = continued(base, minutes=600.0, machine=H200)
-    assert (plan.dvae.model, plan.prior.model, plan.scorer.model) == (base.vae, base.prior, base.scorer)
-    assert plan.encode.text_len == base.prior.layout.text_len
-    assert plan.stages == STAGES[1:]
-    assert (plan.dvae.init_from, plan.prior.init_from, plan.scorer.init_from) == (None, "/models/m", "/models/m")
-
-
-def test_weights_that_go_on_learn_at_a_share_of_the_rate_for_new_ones(base: Base) -> None:
-    new, plan = drafted(), continued(replace_origin(base, train_dvae=True))
-    assert plan.stages == STAGES and plan.dvae.init_from == "/models/m"
-    for stage in ("dvae", "prior", "scorer"):
-        rate = getattr(new, stage).optim.learning_rate
-        assert getattr(plan, stage).optim.learning_rate == pytest.approx(CONTINUED_RATE * rate)
-
-
-def test_weights_that_go_on_see_few_images_less_often_than_new_ones(base: Base) -> None:
-    facts = replace(SCENES, num_images=400)
-    new, plan = (timed(plan, facts, SPEED) for plan in (drafted(facts, minutes=200.0), continued(base, minutes=200.0)))
-    assert plan.prior.trainer.max_steps * plan.prior.trainer.batch_size == MOST_CONTINUED_EPOCHS * 400
-    assert 30 * plan.prior.trainer.max_steps < new.prior.trainer.max_steps
-    assert plan.scorer.trainer.max_steps < new.scorer.trainer.max_steps
-    relearning = timed(continued(replace_origin(base, train_dvae=True), minutes=200.0), facts, SPEED)
-    for stage in ("dvae", "prior"):  # the codes come to mean something else
-        assert getattr(relearning, stage).trainer.max_steps == getattr(new, stage).trainer.max_steps
-
-
-def test_a_scorer_that_is_new_learns_at_the_usual_rate(base: Base) -> None:
-    without = replace_origin(base._replace(scorer=None), parts=("dvae", "prior"))
-    plan = continued(without)
-    assert plan.scorer.init_from is None and plan.scorer.optim == drafted().scorer.optim
-    assert "scorer     new: m has none" in "\n".join(plan_lines(timed(plan, SCENES, SPEED), SCENES, AMX))
-
-
-def test_a_model_too_large_for_the_memory_gets_smaller_batches(base: Base) -> None:
-    large = base._replace(prior=replace(base.prior, dim=512, depth=12, heads=8))
-    plan = continued(large, machine=replace(H200, memory_gib=6.0))
-    assert plan.prior.model.dim == 512
-    assert 1 < plan.prior.trainer.batch_size < continued(large, machine=H200).prior.trainer.batch_size
-
-
-def test_a_frozen_dvae_takes_no_memory_for_its_training(base: Base) -> None:
-    wide = base._replace(vae=replace(base.vae, widths=(256, 512), blocks=(4, 4)))
-    frozen, trained = (continued(replace_origin(wide, train_dvae=train)) for train in (False, True))
-    assert peak_memory_gib(frozen, SCENES, AMX) < peak_memory_gib(trained, SCENES, AMX)
-
-
-def test_the_table_says_where_each_part_comes_from(base: Base) -> None:
-    text = "\n".join(plan_lines(timed(continued(base), SCENES, SPEED), SCENES, AMX))
-    assert "from    /models/m, sha256 abc" in text
-    for line in ("tokenizer  from m, frozen", "dvae       from m, frozen", "prior      from m, trained on"):
-        assert f"\n{line}\n" in text
-    assert text.count("\ndvae ") == 1  # no row in the table of stages
-    trained = timed(continued(replace_origin(base, train_dvae=True)), SCENES, SPEED)
-    text = "\n".join(plan_lines(trained, SCENES, AMX))
-    assert "dvae       from m, trained on: its codes change, and the prior has to relearn them" in text
-    assert "from " not in "\n".join(plan_lines(timed(drafted(), SCENES, SPEED), SCENES, AMX))
 
 
 def test_clock_shows_minutes_and_seconds() -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from recipes.origin import Origin
-from recipes.plan import DataFacts, Plan
+from recipes.plan import Plan
+from recipes.plan_sizes import DataFacts
 from recipes.run_folder import Request, RunFolder, Stored, start_over
 from recipes.tune import Trial, Tuned
 from tessera.errors import UserError

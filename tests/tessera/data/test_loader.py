@@ -1,14 +1,17 @@
 """Batches: the same stream for any number of workers and ranks, and from any step on."""
 
+import os
+import signal
 import time
 from collections.abc import Sequence
 from itertools import islice
+from multiprocessing import active_children
 
 import pytest
 import torch
 
 from tessera.data.loader import KeyedLoader
-from tessera.data.order import SampleKey
+from tessera.data.order import SampleKey, sample_keys
 
 
 class Numbers:
@@ -36,8 +39,34 @@ def test_a_resumed_loader_continues_the_stream() -> None:
     assert first_batches(4, start_step=3) == first_batches(7)[3:]
 
 
-def test_workers_do_not_change_the_stream() -> None:
-    assert first_batches(5, num_workers=2) == first_batches(5)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # on a machine of two cores
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_workers_do_not_change_the_stream(num_workers: int) -> None:
+    assert first_batches(5, num_workers=num_workers) == first_batches(5)
+
+
+def test_every_step_has_the_draws_of_its_own_number() -> None:
+    # more steps than are drawn at once, and from the middle
+    drawn = first_batches(600, start_step=100, accumulate=2)
+    for step, (first, second) in enumerate(zip(drawn[::2], drawn[1::2], strict=True), start=100):
+        expected = [key.seed for key in sample_keys(4 * step, 4, size=10, seed=0)]
+        assert [first[0], second[0], first[1], second[1]] == expected
+
+
+def test_a_signal_to_all_processes_is_left_to_the_one_that_trains() -> None:
+    stream = iter(KeyedLoader(Numbers(), batch_size=4, seed=0, num_workers=2))
+    received = [next(stream), next(stream)]  # from each of the workers
+    for worker in active_children():
+        os.kill(worker.pid or 0, signal.SIGTERM)
+        os.kill(worker.pid or 0, signal.SIGINT)
+    received += islice(stream, 18)
+    assert [batch["seed"].tolist() for batch in received] == first_batches(20)
+    workers = active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        worker.terminate()  # as Python does when it exits
+        worker.join(10)
+    assert [worker.exitcode for worker in workers] == [0, 0]
 
 
 class Tables:

@@ -29,3 +29,15 @@ def test_resolving_refuses_what_lies_outside(tmp_path: Path) -> None:
     for source in ("../x", "/etc/hostname", "a/../../x"):
         with pytest.raises(ImageError, match=OUTSIDE):
             resolve_inside(tmp_path.resolve(), source)
+
+
+def test_links_in_a_circle_lead_nowhere(tmp_path: Path) -> None:
+    root = (tmp_path / "root").resolve()
+    root.mkdir()
+    (tmp_path / "secret").write_bytes(b"secret")
+    (root / "a").symlink_to(root / "b")
+    (root / "b").symlink_to(root / "a")
+    (root / "out").symlink_to(tmp_path / "secret")
+    for file in ("a/../out", "a", "a/x"):
+        with pytest.raises(ImageError):
+            read_bytes(root, Location(file))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +58,17 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert shards.codes.shape == (5, 2, 6) and np.array_equal(shards.codes.reshape(CODES.shape), CODES)
     assert [shards.captions(i) for i in range(len(shards))] == CAPTIONS
     assert set(content(tmp_path / "new")) == {"index.json", *FILES}
+
+
+def test_other_processes_map_the_files_themselves(tmp_path: Path) -> None:
+    many = 500
+    with ShardWriter(tmp_path, replace(INDEX, num_samples=many)) as writer:
+        for _ in range(many // 5):
+            writer.append(CODES, CAPTIONS)
+    sent = pickle.dumps(TokenShards(tmp_path))
+    assert len(sent) < 1000 < many * INDEX.bytes_per_sample
+    received = pickle.loads(sent)
+    assert np.array_equal(received.codes[-5:].reshape(CODES.shape), CODES) and received.captions(many - 1) == ("星",)
 
 
 def test_nothing_but_blank_captions_is_legal(tmp_path: Path) -> None:

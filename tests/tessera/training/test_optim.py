@@ -31,8 +31,8 @@ def test_few_matrices_at_once_are_updated_like_many(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("tessera.training.optim.orthogonalize", counted)
 
-    def trained(at_once: int) -> list[torch.Tensor]:
-        monkeypatch.setattr("tessera.training.optim._ORTHOGONALIZED_AT_ONCE", at_once)
+    def trained(at_once: int) -> list[nn.Parameter]:
+        monkeypatch.setattr("tessera.training.optim.ORTHOGONALIZED_AT_ONCE", at_once)
         draw = torch.Generator().manual_seed(0)
         matrices = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in [(6, 4)] * 5 + [(4, 6)]]
         optimizer = MuonAdamW(matrices, [], OptimizerConfig(learning_rate=0.1))

@@ -20,7 +20,7 @@ from tessera.data.order import SampleKey
 from tessera.training.callbacks import ProgressClock
 from tessera.training.metrics import read_metrics
 from tessera.training.optim import OptimizerConfig
-from tessera.training.progress import ProgressLine, count_operations, duration
+from tessera.training.progress import ProgressLine, count_operations
 from tessera.training.run import TrainerConfig, run_training
 
 
@@ -201,14 +201,6 @@ def test_operations_of_both_passes_are_counted_and_nothing_is_computed() -> None
     expected = 2 * 5 * (40_000 * 30_000 + 30_000 * 2) + 2 * 5 * (40_000 * 30_000 + 2 * 30_000 * 2)
     assert count_operations(lambda: nn.Sequential(nn.Linear(40_000, 30_000), nn.Linear(30_000, 2)), loss) == expected
     assert torch.equal(torch.get_rng_state(), before), "training would not be the same with and without"
-
-
-@pytest.mark.parametrize(
-    "seconds, shown",
-    [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (3_569, "59 min"), (3_571, "1 h 0 min"), (93_600, "1 d 2 h")],
-)
-def test_durations_are_shown_in_their_two_largest_units(seconds: float, shown: str) -> None:
-    assert duration(seconds) == shown
 
 
 class Ones:

@@ -99,6 +99,27 @@ def check_resuming(tmp_path: Path, **options: Any) -> None:
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
+def test_a_compiled_model_trains_alike_and_goes_on_without_the_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, expected, losses = run(tmp_path / "whole")
+    compiled = []
+
+    def capture(module: torch.nn.Module) -> None:  # the graph, without making code of it, which takes a C++ compiler
+        compiled.append(module)
+        torch.nn.Module.compile(module, backend="eager")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DiscreteVAE, "compile", capture)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(tmp_path / "compiled", StopAt(8), compile=True)
+    assert len(compiled) == 1
+    resumed, weights, later_losses = run(tmp_path / "compiled")
+    assert resumed.steps == whole.steps
+    assert later_losses == pytest.approx(losses[5:], rel=1e-4)
+    assert weights.keys() == expected.keys()
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     _, expected, _ = run(tmp_path)
     directory = tmp_path / "checkpoints"

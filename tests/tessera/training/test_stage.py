@@ -1,16 +1,19 @@
 """A run folder goes on with the run that it was begun for, and with no other."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tessera.config import to_plain
 from tessera.errors import UserError
 from tessera.model_folder import write_part, write_tokenizer
 from tessera.plain_yaml import read_yaml, write_yaml
 from tessera.training import stage
+from tessera.training.run import TrainerConfig
+from transformer.train import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,20 @@ def test_another_run_is_refused(tmp_path: Path, settings: Settings, inputs: dict
     stage.begin(tmp_path, Settings(), inputs={"corpus": "a"})
     with pytest.raises(UserError, match=message):
         stage.begin(tmp_path, settings, inputs=inputs)
+
+
+def test_a_run_goes_on_in_another_place_with_other_hardware(tmp_path: Path) -> None:
+    first = TrainConfig(trainer=TrainerConfig(max_steps=100))
+    stage.begin(tmp_path / "first", first, inputs={"corpus": "a"})
+    (tmp_path / "first").rename(tmp_path / "second")
+    trainer = replace(first.trainer, device="cpu", strategy="fsdp", accumulate=2, num_workers=4, compile=True)
+    second = replace(first, run_dir=str(tmp_path / "second"), shards="elsewhere/shards", trainer=trainer)
+    assert stage.begin(tmp_path / "second", second, inputs={"corpus": "a"}) is None
+    told = read_yaml(tmp_path / "second" / stage.CONFIG_FILE)
+    assert told["config"] == to_plain(second), "the folder tells what it is computed with now"
+    with pytest.raises(UserError, match=r"config\.trainer\.max_steps was 100 and is now 200"):
+        changed = replace(second, trainer=replace(trainer, max_steps=200))
+        stage.begin(tmp_path / "second", changed, inputs={"corpus": "a"})
 
 
 def test_settings_that_came_later_have_their_defaults_in_a_run_that_was_begun_before(tmp_path: Path) -> None:
