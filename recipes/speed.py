@@ -14,7 +14,7 @@ from torch import Tensor
 from dvae.model import DiscreteVAE
 from dvae.train import objective_of
 from recipes.plan import Plan, Speed
-from recipes.plan_sizes import DataFacts, Machine, layout_for
+from recipes.plan_sizes import DataFacts, Machine, layout_for, trained_size
 from scorer.lit import scorer_loss
 from scorer.model import ClipScorer
 from tessera.precision import autocast, describe_hardware, resolve_device, resolve_precision
@@ -75,8 +75,9 @@ def _dvae_step_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> float:
     device = resolve_device(plan.dvae.trainer.device)
     precision = resolve_precision(plan.dvae.trainer.precision, device)
     model = DiscreteVAE(plan.dvae.model).to(device)
-    size = (plan.dvae.crop, plan.dvae.crop) if plan.dvae.crop else facts.image_size
-    images = torch.rand(plan.dvae.trainer.batch_size, 3, *size, device=device)  # [B, 3, H, W]
+    size = trained_size(facts.image_size, plan.dvae.crop)
+    parts = plan.dvae.trainer.accumulate
+    images = torch.rand(plan.dvae.trainer.batch_size // parts, 3, *size, device=device)  # [B, 3, H, W]
     objective = objective_of(plan.dvae)
     objective.to_device_of(model)
 
@@ -85,7 +86,8 @@ def _dvae_step_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> float:
             return objective(model, images, progress=1.0).total
 
     optimizer = objective.build_optimizer(model, plan.dvae.optim)
-    return median_seconds(training_step(optimizer, loss, clip_norm=plan.dvae.optim.clip_norm), device, budget=budget)
+    step = training_step(optimizer, loss, clip_norm=plan.dvae.optim.clip_norm)
+    return parts * median_seconds(step, device, budget=budget)  # a little much: the update is made once
 
 
 def _prior_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> tuple[float, float]:
@@ -95,7 +97,8 @@ def _prior_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> tuple[floa
     layout = layout_for(facts, plan.dvae.model)
     config = replace(plan.prior.model, layout=layout)
     model = Prior(config, attention_backend=plan.prior.attention.backend).to(device)
-    rows = plan.prior.trainer.batch_size
+    parts = plan.prior.trainer.accumulate
+    rows = plan.prior.trainer.batch_size // parts
     text_ids = torch.randint(layout.num_text_ids, (rows, layout.text_len), device=device)  # [B, T]
     codes = torch.randint(layout.codebook_size, (rows, layout.image_len), device=device)  # [B, I]
 
@@ -104,7 +107,7 @@ def _prior_seconds(plan: Plan, facts: DataFacts, *, budget: float) -> tuple[floa
             output = model(text_ids, codes)
         return prior_loss(output, text_ids, codes, text_vocab_size=layout.text_vocab_size).total
 
-    step_seconds = median_seconds(
+    step_seconds = parts * median_seconds(
         training_step(build_optimizer(model, plan.prior.optim), loss, clip_norm=plan.prior.optim.clip_norm),
         device,
         budget=0.7 * budget,
