@@ -46,7 +46,8 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
         if error.errno not in _MACHINE_ERRORS:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        return _complain(f"{place}{error.strerror}", EXIT_USER_ERROR)
+        cure = " (make room, and run the same command again to go on from here)" if error.errno == errno.ENOSPC else ""
+        return _complain(f"{place}{error.strerror}{cure}", EXIT_USER_ERROR)
 
 
 def _complain(message: str, code: int) -> int:

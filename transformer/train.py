@@ -25,6 +25,7 @@ from transformer.attention import AttentionConfig, describe_backends
 from transformer.lit import PriorLit, Show
 from transformer.model import Prior, PriorConfig, SequenceLayout
 
+_LEAST_VALIDATION_SAMPLES = 8
 _MOST_VALIDATION_SAMPLES = 512
 _VALIDATION_BATCH = 64  # without gradients larger batches than those of training fit, and take less time
 
@@ -108,9 +109,15 @@ class TokenBatches:
 
 
 def split_rows(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Training and validation rows: a fixed pseudo-random share is held out, nothing of fewer than 20 samples."""
+    """Training and validation rows: a fixed pseudo-random share is held out, nothing of fewer than 20 samples.
+
+    A loss over two or three samples says nothing: up to 8 are held out as long as they are no more than a tenth.
+    """
     shuffled = permuted(np.arange(count), size=count, key=0)
-    held_out = min(int(count * share), _MOST_VALIDATION_SAMPLES) if count >= 20 else 0
+    held_out = 0
+    if count >= 20 and share > 0:
+        least = min(_LEAST_VALIDATION_SAMPLES, count // 10)
+        held_out = min(max(least, int(count * share)), _MOST_VALIDATION_SAMPLES)
     return np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
 
 

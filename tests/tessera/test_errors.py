@@ -32,7 +32,9 @@ def test_an_interruption_says_how_to_go_on(capsys):
 
 def test_a_full_disk_is_one_line(capsys):
     assert run_command(raising(OSError(errno.ENOSPC, "No space left on device", "out/x.png")), []) == 2
-    assert capsys.readouterr().err == "tessera: out/x.png: No space left on device\n"
+    assert capsys.readouterr().err == (
+        "tessera: out/x.png: No space left on device (make room, and run the same command again to go on from here)\n"
+    )
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.ENOENT, "a bug"), KeyError("a bug")])

@@ -155,6 +155,8 @@ def test_held_out_rows_are_never_trained_on() -> None:
     assert not set(training) & set(held_out)
     assert len(training) + len(held_out) == 1000
     assert len(split_rows(19, 0.5)[1]) == 0
+    assert [len(split_rows(count, 0.02)[1]) for count in (20, 50, 113, 500)] == [2, 5, 8, 10]
+    assert len(split_rows(113, 0.0)[1]) == 0
 
 
 def test_shares_out_of_range_are_refused() -> None:
