@@ -45,7 +45,7 @@ from tessera.data.corpus import Corpus
 from tessera.data.images import save_png
 from tessera.data.shards import batches
 from tessera.errors import UserError, run_command
-from tessera.model_folder import short_sha256
+from tessera.model_folder import ModelFolder, short_sha256
 from tessera.one_line_parser import OneLineParser
 from tessera.precision import describe_hardware, versions
 from tessera.progress import counting
@@ -271,6 +271,12 @@ def _memorization(arguments: argparse.Namespace, data: DataConfig) -> Memorizati
     data = replace(data, image_size=drawn_size(pipeline.prior, pipeline.vae))
     training = data.open("train")  # which may have a bar of its own
     held_out = data.open("validation", beside=training)
+    trained_on = ModelFolder.open(Path(arguments.model), parts=["prior"]).metadata("prior").get("corpus")
+    if trained_on not in (None, training.name):
+        print(
+            f"{arguments.model} was trained on {trained_on}: copies of those pictures are not found in {training.name}",
+            file=sys.stderr,
+        )
     with counting("looking for copies") as on_progress:
         return memorization(pipeline, training, held_out, seed=arguments.seed, on_progress=on_progress)
 

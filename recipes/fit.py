@@ -25,7 +25,7 @@ from recipes.ledger import Ledger
 from recipes.origin import Origin, check_apart, open_base, take_over
 from recipes.plan import STAGES, Plan, placed, seconds_for
 from recipes.plan_sizes import DataFacts
-from recipes.plan_table import clock, plan_lines
+from recipes.plan_table import clock, plan_lines, steps_made
 from recipes.planning import BUILT_IN, Say, make_plan, open_training_split
 from recipes.run_folder import (
     DATA_FOLDER,
@@ -174,7 +174,8 @@ def _run_stages(plan: Plan, request: Request, ledger: Ledger, run: RunFolder, ou
             result = train_dvae(replace(plan.dvae, trainer=with_budget("dvae", plan.dvae.trainer)))
         measured = result["metrics"]
         usage = measured["codebook_usage"]
-        say(f"           {result['steps']:,} steps, {measured['psnr']:.2f} dB, codebook usage {usage:.1%}")
+        steps = steps_made(plan, "dvae", result["steps"])
+        say(f"           {steps}, {measured['psnr']:.2f} dB, codebook usage {usage:.1%}")
     announce("encoding the images")
     with ledger.phase("encode"):
         encode(plan.encode)
@@ -183,13 +184,13 @@ def _run_stages(plan: Plan, request: Request, ledger: Ledger, run: RunFolder, ou
         result = train_prior(replace(plan.prior, trainer=with_budget("prior", plan.prior.trainer)))
     measured = result["metrics"]
     loss = measured.get("val_image_loss", measured.get("image_loss", float("nan")))
-    say(f"           {result['steps']:,} steps, {loss:.3f} nats per image token")
+    say(f"           {steps_made(plan, 'prior', result['steps'])}, {loss:.3f} nats per image token")
     announce("training the scorer")
     with ledger.phase("scorer"):
         trainer = with_budget("scorer", plan.scorer.trainer)
         result = train_scorer(replace(plan.scorer, trainer=trainer), reconstruct=_reconstruct(plan, out))
     found = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in result["metrics"].items())
-    say(f"           {result['steps']:,} steps, right on held-out images: {found}")
+    say(f"           {steps_made(plan, 'scorer', result['steps'])}, right on held-out images: {found}")
     tuned = run.read_tuning()
     if tuned is None:
         announce("tuning the sampling settings")
@@ -197,7 +198,7 @@ def _run_stages(plan: Plan, request: Request, ledger: Ledger, run: RunFolder, ou
             seconds = seconds_for("tuning", left(), stages=plan.stages)
             tuned = tune(out, plan.data, seconds=seconds, device=request.device, **_settings_before(plan.origin))
             run.write_tuning(tuned)
-        say(f"           {', '.join(f'{name} {value:g}' for name, value in tuned.settings.items())}")
+        say(f"           {', '.join(f'{name} {value:g}' for name, value in tuned.settings.items())} ({tuned.how})")
     write_sampling_defaults(out, tuned.settings)  # also into a folder that was made again beside its run folder
     return tuned
 

@@ -6,6 +6,9 @@ from tessera.model_folder import short_sha256
 from tessera.precision import describe_hardware
 from tessera.training.run import TrainerConfig
 
+# of the expected steps: speeds are measured in a few seconds, and are no better than that
+_FAR_ENOUGH = 0.8
+
 
 def plan_lines(plan: Plan, facts: DataFacts, machine: Machine) -> list[str]:
     """Data, device, one line per stage, and estimates of time and memory."""
@@ -94,3 +97,11 @@ def clock(seconds: float) -> str:
     """Minutes and seconds, such as 2:05."""
     whole = round(seconds)
     return f"{whole // 60}:{whole % 60:02d}"
+
+
+def steps_made(plan: Plan, stage: str, steps: int) -> str:
+    """How many steps a stage made, and of how many, if other work left too little time for them."""
+    expected = expected_steps(plan, stage)
+    if expected is None or steps >= _FAR_ENOUGH * expected:
+        return f"{steps:,} steps"
+    return f"{steps:,} steps of {expected:,} expected: there was no time for more"

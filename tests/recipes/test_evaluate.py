@@ -9,6 +9,7 @@ from recipes.evaluate import main
 from tessera.data.images import read_png_text
 from tessera.data.scenes import PROMPT_CLASSES
 from tessera.errors import run_command
+from tessera.model_folder import ModelFolder
 
 
 def test_scenes_give_every_figure_by_split_and_class(
@@ -64,6 +65,19 @@ def test_copies_are_looked_for_where_a_sheet_is_asked_for(
     assert 10 < memorized["training_pictures"] < 24 and 2 <= memorized["samples"] <= 24
     assert json.loads(read_png_text(sheet)["tessera"]) == {"model": str(scenes_model), **memorized}
     assert "copies  " in capsys.readouterr().out
+
+
+def test_copies_of_other_pictures_than_the_given_ones_are_not_promised(
+    scenes_model: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(ModelFolder, "metadata", lambda folder, part: {"corpus": "scenes"})
+    assert main([str(scenes_model), str(image_folder), "--nearest", str(tmp_path / "n.png"), "--device", "cpu"]) == 0
+    note = f"was trained on scenes: copies of those pictures are not found in {image_folder.name}"
+    assert note in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from recipes.plan import (
     timed,
 )
 from recipes.plan_sizes import DataFacts, Machine
-from recipes.plan_table import clock, expected_steps, plan_lines
+from recipes.plan_table import clock, expected_steps, plan_lines, steps_made
 from tessera.data.config import DataConfig
 from tessera.errors import UserError
 from tessera.training.process_memory import process_gib
@@ -129,6 +129,14 @@ def test_the_table_names_every_stage_with_time_and_steps() -> None:
     assert "at most 10:00" in text
     assert "of 24 GiB" in text
     assert f"{expected_steps(plan, 'dvae'):,}" in text
+
+
+def test_a_stage_that_came_short_of_the_plan_says_so() -> None:
+    plan = timed(drafted(), SCENES, SPEED)
+    expected = expected_steps(plan, "prior")
+    assert expected is not None
+    assert steps_made(plan, "prior", int(0.9 * expected)) == f"{int(0.9 * expected):,} steps"
+    assert steps_made(plan, "prior", 205) == f"205 steps of {expected:,} expected: there was no time for more"
 
 
 def test_the_time_of_a_frozen_dvae_goes_to_prior_and_scorer() -> None:
