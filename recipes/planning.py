@@ -13,8 +13,6 @@ from recipes.speed import measure_machine, measure_speed
 from tessera.config import load, to_plain
 from tessera.data.config import DataConfig
 from tessera.data.corpus import Corpus, open_corpus
-from tessera.data.manifest import REJECTS_NAME
-from tessera.data.manifest_corpus import ManifestCorpus
 from tessera.errors import UserError
 from tessera.plain_yaml import write_yaml
 from tessera.progress import counting
@@ -159,9 +157,6 @@ def open_training_split(data: DataConfig, say: Say) -> Corpus:
             cache_dir=data.cache_path,
             on_progress=on_progress,
         )
-    if isinstance(corpus, ManifestCorpus):
-        say(corpus.manifest.summary())
-        rejects = corpus.manifest.path.with_name(REJECTS_NAME)
-        if len(corpus.manifest.rejects) and data.cache_path is not None and rejects.exists():
-            say(f"what was refused, and why: {rejects}")
+    for line in data.ingest_lines(corpus):
+        say(line)
     return corpus

@@ -86,12 +86,19 @@ class DataConfig:
                 cache_dir=self.cache_path,
                 on_progress=show if _is_first_process() else None,
             )
-        if bars and isinstance(corpus, ManifestCorpus):
-            lines = [corpus.manifest.summary()]
-            if len(corpus.manifest.rejects) and self.cache_path is not None:
-                lines.append(f"what was refused, and why: {corpus.manifest.path.with_name(REJECTS_NAME)}")
-            _say_once(self.path, "\n".join(lines))
+        if bars:
+            _say_once(self.path, "\n".join(self.ingest_lines(corpus)))
         return corpus
+
+    def ingest_lines(self, corpus: Corpus) -> list[str]:
+        """What was kept and what was refused of image files, and where the refusals are kept; of others, nothing."""
+        if not isinstance(corpus, ManifestCorpus):
+            return []
+        lines = [corpus.manifest.summary()]
+        rejects = corpus.manifest.path.with_name(REJECTS_NAME)
+        if len(corpus.manifest.rejects) and self.cache_path is not None and rejects.exists():
+            lines.append(f"what was refused, and why: {rejects}")
+        return lines
 
 
 @lru_cache(maxsize=64)

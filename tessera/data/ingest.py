@@ -17,11 +17,12 @@ from pathlib import Path
 from tessera.data.candidates import Candidate, Reject
 from tessera.data.images import ImageError, open_image
 from tessera.data.manifest import MANIFEST_NAME, Manifest, Record
-from tessera.data.manifest_writer import ManifestWriter, alone_in
+from tessera.data.manifest_writer import ManifestWriter
 from tessera.data.read_ahead import read_ahead
 from tessera.data.reading import HUB_PREFIX, read_bytes
 from tessera.data.source import Source, find_source
 from tessera.errors import UserError
+from tessera.folder_lock import locked
 from tessera.precision import usable_cores
 
 _MOST_AHEAD = 16  # images for each thread
@@ -79,7 +80,7 @@ def is_manifest(path: Path) -> bool:
 
 
 def _make(directory: Path, source: Source, on_progress: OnProgress | None) -> Manifest:
-    with alone_in(directory):
+    with locked(directory, wait=True):
         known = _known(directory, source)  # made by another process while this one waited
         if known is not None:
             return known

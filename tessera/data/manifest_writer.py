@@ -6,9 +6,7 @@ image that was kept to its place in the journal, some 150 bytes an image as Pyth
 """
 
 import contextlib
-import fcntl
 import json
-import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -41,7 +39,7 @@ class ManifestWriter:
     """Takes every outcome of an ingest, in the order of the source.
 
     Args:
-        directory: where the manifest will be; must exist. No other writer may be at work there, see `alone_in`.
+        directory: where the manifest will be; must exist. No other writer may be at work there: see `folder_lock`.
         listing: what the source was like. A journal of the same listing is gone on with, another one is thrown away.
 
     Example:
@@ -194,18 +192,6 @@ class ManifestWriter:
         self._reader.readline()
         for line in self._reader:
             yield line, json.loads(line)
-
-
-@contextlib.contextmanager
-def alone_in(directory: Path) -> Iterator[None]:
-    """Waits until no other process ingests into a folder; without locks in the file system, nobody waits."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

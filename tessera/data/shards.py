@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from tessera.atomic_write import atomic_write
 from tessera.errors import UserError
+from tessera.folder_lock import locked
 
 # N samples, V views of each, h w code grid.
 
@@ -155,7 +156,12 @@ class ShardWriter:
     def __enter__(self) -> Self:
         self.directory.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as resources:
-            resources.enter_context(_locked(self.directory))
+            try:
+                resources.enter_context(locked(self.directory, wait=False))
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another process is encoding into {self.directory}: wait for it, or choose another folder"
+                ) from error
             self.complete, sizes = self._recover()
             (self.directory / _INDEX).unlink(missing_ok=True)
             if not self.complete:
@@ -264,26 +270,3 @@ def batches(count: int, size: int) -> Iterator[range]:
 def _plain(index: ShardIndex) -> Any:
     """The index as it is read back from JSON."""
     return json.loads(json.dumps(asdict(index)))
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Keeps other writers out of a folder; where the system or the file system has no locks, nothing does."""
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another process is encoding into {directory}: wait for it, or choose another folder"
-            ) from error
-        except OSError:
-            pass
-        yield
-    finally:
-        os.close(descriptor)

@@ -60,6 +60,7 @@ def begin(run_dir: Path, config: Any, *, inputs: dict[str, str]) -> dict[str, An
     run_dir.mkdir(parents=True, exist_ok=True)
     resolved = {"config": to_plain(config), "inputs": inputs}
     path = run_dir / CONFIG_FILE
+    begun = None
     if path.exists():
         begun = read_yaml(path)
         # Settings that there were none of when it began have their defaults.
@@ -72,7 +73,8 @@ def begin(run_dir: Path, config: Any, *, inputs: dict[str, str]) -> dict[str, An
     result = run_dir / RESULT_FILE
     if result.exists():
         return json.loads(result.read_text())
-    write_yaml(path, resolved)
+    if begun != resolved:
+        write_yaml(path, resolved)
     return None
 
 

@@ -1,13 +1,12 @@
 import hashlib
 import json
-import threading
 from pathlib import Path
 
 import pytest
 
 from tessera.data.candidates import Location, Reject
 from tessera.data.manifest import Manifest, Record
-from tessera.data.manifest_writer import JOURNAL_NAME, MIN_FOR_VALIDATION, ManifestWriter, alone_in
+from tessera.data.manifest_writer import JOURNAL_NAME, MIN_FOR_VALIDATION, ManifestWriter
 
 
 def record(number: int) -> Record:
@@ -118,19 +117,3 @@ def test_an_error_while_writing_leaves_the_old_manifest_and_the_journal(
     assert read(tmp_path).num_seen == 1
     with ManifestWriter(tmp_path, listing="listing") as writer:
         assert writer.num_seen == len(OUTCOMES)
-
-
-def test_writers_wait_for_each_other(tmp_path: Path) -> None:
-    order: list[str] = []
-
-    def second() -> None:
-        with alone_in(tmp_path):
-            order.append("second")
-
-    thread = threading.Thread(target=second)
-    with alone_in(tmp_path):
-        thread.start()
-        thread.join(timeout=0.1)
-        order.append("first")
-    thread.join(timeout=10)
-    assert order == ["first", "second"]
